@@ -1,0 +1,143 @@
+"""Run a step once more under the tracer, with everything it needs to know plugged in and taken out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.optim import Optimizer
+
+from stabilitykit.diagnose.graph import Symptom, Trace
+from stabilitykit.diagnose.trace import Labels, Tracer, watching_backward
+from stabilitykit.snapshot import BUFFER_FIELDS, tensors_of
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is traced: a model, its optimizers and the tensors around it."""
+
+    model: nn.Module
+    optimizers: Sequence[Optimizer]
+    parameters: Mapping[str, Tensor]
+    replay_buffer: object | None = None
+
+
+@dataclass(frozen=True)
+class Retraced:
+    """What the traced run of the step gave."""
+
+    trace: Trace
+    returned: Any
+    error: BaseException | None
+    optimizer_stepped: bool
+    buffers_before: Mapping[str, bool]  # module buffers and whether they were finite when the step began
+
+
+def retrace(subject: Subject, step: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Retraced:
+    """Run `step(*args, **kwargs)` under the tracer and notice what it leaves non-finite.
+
+    The caller has put the state back and puts it where it belongs afterwards.
+    """
+    labels = _label(subject, args, kwargs)
+    names = {id(module): name for name, module in subject.model.named_modules()}
+    tracer = Tracer(labels, names, subject.parameters)
+    finite_before = {name: _finite(buffer) for name, buffer in subject.model.named_buffers()}
+    returned, error, stepped = None, None, [False]
+    with _plugged(tracer, subject, stepped), torch.compiler.set_stance("force_eager"):
+        try:
+            with tracer:
+                returned = step(*args, **kwargs)
+        except Exception as raised:  # noqa: BLE001 - the step's own error, handed to the caller
+            error = raised
+    _notice_ends(tracer, subject, returned, error, stepped[0], finite_before)
+    return Retraced(tracer.result(), returned, error, stepped[0], finite_before)
+
+
+def _finite(tensor: Tensor) -> bool:
+    from stabilitykit.measure.values import is_finite
+
+    return is_finite(tensor)
+
+
+def _label(subject: Subject, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Labels:
+    labels = Labels()
+    for name, parameter in subject.parameters.items():
+        labels.add("parameter", name, parameter)
+        if parameter.grad is not None:
+            labels.add("gradient", name, parameter.grad)
+    for name, buffer in subject.model.named_buffers():
+        labels.add("module_buffer", name, buffer)
+    for name in BUFFER_FIELDS:
+        held = subject.replay_buffer
+        tensor = held.get(name) if isinstance(held, Mapping) else getattr(held, name, None)
+        if isinstance(tensor, Tensor):
+            labels.add("replay", name, tensor)
+    for path, tensor in tensors_of((args, dict(kwargs))):
+        labels.add("batch", batch_name(path), tensor)
+    names = {id(parameter): name for name, parameter in subject.parameters.items()}
+    for optimizer in subject.optimizers:
+        for parameter, state in optimizer.state.items():
+            for path, tensor in tensors_of(state):
+                labels.add("optimizer_state", names.get(id(parameter), path.strip("[]'")), tensor)
+        for group in optimizer.param_groups:
+            for key, value in group.items():
+                if isinstance(value, Tensor):
+                    labels.add("hyperparameter", key, value)
+    return labels
+
+
+def batch_name(path: str) -> str:
+    """`[0][0][1]` (first argument, second entry) is `batch[1]`, `[1]['x']` the keyword `x`."""
+    if path.startswith("[0][0]"):
+        return "batch" + path.removeprefix("[0][0]")
+    return path.removeprefix("[1]").strip("[]'") if path.startswith("[1]") else "argument" + path.removeprefix("[0]")
+
+
+@contextmanager
+def _plugged(tracer: Tracer, subject: Subject, stepped: list[bool]) -> Iterator[None]:
+    def before_step(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        stepped[0] = True
+        tracer.enter_optimizer(closure=any(map(callable, (*args[1:], *kwargs.values()))))
+
+    def before_backward(roots: list[Tensor]) -> None:
+        for root in roots:
+            tracer.notice("loss", "loss", root)
+
+    with ExitStack() as stack:
+        stack.callback(register_module_forward_pre_hook(tracer.enter_module).remove)
+        stack.callback(register_module_forward_hook(tracer.leave_module, always_call=True).remove)
+        for optimizer in subject.optimizers:
+            stack.callback(optimizer.register_step_pre_hook(before_step).remove)
+            stack.callback(optimizer.register_step_post_hook(lambda *_: tracer.leave_optimizer()).remove)
+        stack.enter_context(watching_backward(before_backward, lambda: tracer.notice_gradients("gradient")))
+        yield
+
+
+def _notice_ends(
+    tracer: Tracer,
+    subject: Subject,
+    returned: Any,
+    error: BaseException | None,
+    stepped: bool,
+    finite_before: Mapping[str, bool],
+) -> None:
+    """What can only be seen when the step is over."""
+    if not stepped:  # a scaler's skip, or the caller's own: gradients that nobody used are no symptom
+        tracer.symptoms = [entry for entry in tracer.symptoms if not entry.role.startswith("gradient")]
+    for _, tensor in tensors_of(returned):
+        if tensor.requires_grad:
+            tracer.notice("returned", "loss", tensor)
+    for name, parameter in subject.parameters.items():
+        tracer.notice("parameter", name, parameter.detach())
+    for name, buffer in subject.model.named_buffers():
+        if finite_before.get(name, True):
+            tracer.notice("module_buffer", name, buffer)
+    if error is not None:
+        source = tracer.last_failed or tracer.last_checked
+        if source is not None:
+            tracer.symptoms.append(Symptom("error", type(error).__name__, source))

@@ -1,0 +1,92 @@
+"""Values that were bad before any operation touched them."""
+
+from __future__ import annotations
+
+from stabilitykit.diagnose.rules.base import Evidence, Rule
+
+
+class BadSample(Rule):
+    """The batch handed to the step already held the value: the data set, or the code that loads it, made it."""
+
+    name = "bad_sample"
+    remedies = (
+        "drop or repair the samples named above: data = data[torch.isfinite(data).flatten(1).all(1)]",
+        "refuse such batches where they are loaded: assert torch.isfinite(inputs).all(), indices",
+        "where NaN marks a missing value, replace it before the first layer: torch.nan_to_num(x), and a mask",
+    )
+
+    def applies(self, evidence: Evidence) -> bool:
+        return evidence.phase == "data"
+
+    def facts(self, evidence: Evidence) -> str:
+        return f"{evidence.leaf.summary.describe()}." if evidence.leaf else ""
+
+
+class BadBufferEntry(Rule):
+    """A slot of the replay buffer was stored with the value and has now been drawn; the batch itself was clean."""
+
+    name = "bad_buffer_entry"
+    remedies = (
+        "reject non-finite examples and logits when they are stored: if torch.isfinite(logits).all(): buffer.add(...)",
+        "audit what is stored already and drop it: for finding in stabilitykit.audit_buffer(buffer): ...",
+        "store raw float32 logits: float16 overflows at 65,504",
+    )
+
+    def applies(self, evidence: Evidence) -> bool:
+        return evidence.phase == "buffer"
+
+    def facts(self, evidence: Evidence) -> str:
+        return f"{evidence.leaf.summary.describe()}." if evidence.leaf else ""
+
+
+class BadCheckpoint(Rule):
+    """The parameter held the value when the step began: its initialisation, a checkpoint that lacks it, or code
+    outside the step wrote it.
+    """
+
+    name = "bad_weights"
+    remedies = (
+        "load with strict=True and look at what load_state_dict reports as missing",
+        "initialise what the checkpoint does not hold: torch.nn.init.kaiming_uniform_(module.weight)",
+        "go back to the last checkpoint whose tensors are all finite",
+    )
+
+    def applies(self, evidence: Evidence) -> bool:
+        return evidence.phase == "weights"
+
+    def facts(self, evidence: Evidence) -> str:
+        return f"{evidence.leaf.summary.describe()}." if evidence.leaf else ""
+
+
+class BadState(Rule):
+    """A module's buffer (running statistics, a running minimum, a memory) held the value when the step began, and
+    the step used it.
+    """
+
+    name = "bad_state"
+    remedies = (
+        "reset the buffer: module.reset_running_stats(), or load it from a good checkpoint",
+        "check buffers as well as parameters when a checkpoint is written",
+    )
+
+    def applies(self, evidence: Evidence) -> bool:
+        return evidence.phase == "state" and evidence.leaf is not None
+
+
+class RunningStatistics(Rule):
+    """A module's running statistics overflowed while the loss stayed finite: training looks healthy, and evaluation,
+    or a frozen normalisation layer, gives constants or NaN from here on.
+    """
+
+    name = "running_statistics"
+    remedies = (
+        "bound the inputs before the layer: x = x.clamp(-1e4, 1e4), or standardise the data set",
+        "find the batch named above and drop its outliers: finite values can be absurd as well",
+        "after repair: module.reset_running_stats() and a few forward passes in train mode",
+    )
+
+    def applies(self, evidence: Evidence) -> bool:
+        return evidence.phase == "state" and evidence.operation is not None
+
+
+RULES = (BadSample(), BadBufferEntry(), BadCheckpoint(), BadState(), RunningStatistics())

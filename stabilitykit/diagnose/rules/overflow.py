@@ -1,0 +1,126 @@
+"""Numbers that grew past what their dtype can hold."""
+
+from __future__ import annotations
+
+import torch
+
+from stabilitykit.diagnose.rules.base import Evidence, Rule
+
+
+class LossScaleOverflow(Rule):
+    """A scaled gradient passed the limit of its narrow dtype during backward: the loss scale is too high for this
+    batch, and nothing skipped the step.
+    """
+
+    name = "loss_scale"
+    remedies = (
+        "let the scale adapt and skip: torch.amp.GradScaler with scaler.scale(loss).backward(), scaler.step(optimizer)",
+        "use bfloat16, which has float32's range and needs no scale: torch.autocast(device, dtype=torch.bfloat16)",
+        "lower a fixed scale by a factor of 16",
+    )
+
+    def applies(self, evidence: Evidence) -> bool:
+        return evidence.phase == "backward" and evidence.narrow
+
+    def facts(self, evidence: Evidence) -> str:
+        return narrow_facts(evidence)
+
+
+class NarrowOverflow(Rule):
+    """The result does not fit the narrow dtype it was computed or cast to; in float32 it would have been finite."""
+
+    name = "narrow_overflow"
+    remedies = (
+        "scale before the product, not after: (query * scale) @ key.transpose(-2, -1)",
+        "compute this part in float32: with torch.autocast(device, enabled=False): y = f(x.float())",
+        "use bfloat16 instead of float16: the same width, float32's range",
+    )
+
+    def applies(self, evidence: Evidence) -> bool:
+        return evidence.narrow and evidence.phase == "forward"
+
+    def facts(self, evidence: Evidence) -> str:
+        return narrow_facts(evidence)
+
+
+def narrow_facts(evidence: Evidence) -> str:
+    """The number that overflowed, beside the dtype's limit."""
+    operation = evidence.operation
+    if operation is None or operation.exact_absmax is None:
+        return ""
+    dtype = operation.output.dtype
+    limit = torch.finfo(getattr(torch, dtype)).max
+    return f"Its largest magnitude would have been {operation.exact_absmax:.6g}; {dtype} ends at {limit:.6g}."
+
+
+class ExpOverflow(Rule):
+    """An exponential overflowed: in float32 exp(x) is Inf from x = 88.7 on, in float16 from 11.1."""
+
+    name = "exp_overflow"
+    remedies = (
+        "bound the argument: torch.exp(x.clamp(max=20)), and x.clamp(-10, 10) for a log-variance",
+        "use a function that grows slower: F.softplus(x)",
+        "stay in log space: torch.logsumexp, F.log_softmax, F.binary_cross_entropy_with_logits",
+    )
+
+    def applies(self, evidence: Evidence) -> bool:
+        return evidence.op in ("exp", "exp2", "expm1", "sinh", "cosh", "logcumsumexp")
+
+
+class Divergence(Rule):
+    """Training diverged: the loss grew step by step until a number overflowed, so the operation named above is only
+    where it came to an end.  The cause is an update that overshoots: a learning rate, or the weight of a loss term,
+    too high for the curvature it meets.
+    """
+
+    name = "divergence"
+    remedies = (
+        "lower the learning rate by a factor of 3 to 10, or the weight of the term that grows",
+        "clip the gradient before the step: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)",
+        "warm up: the first steps after a change of task or data are the steepest",
+    )
+
+    def applies(self, evidence: Evidence) -> bool:
+        return evidence.phase in ("forward", "backward", "optimizer") and onset(evidence) is not None
+
+    def facts(self, evidence: Evidence) -> str:
+        start = onset(evidence)
+        if start is None:
+            return ""
+        first, last = evidence.run_up[start], evidence.run_up[-1]
+        return (
+            f"It began at step {first.step:,}: loss {first.loss:.4g}, gradient norm {first.grad_norm:.4g}; at step "
+            f"{last.step:,} they were {last.loss:.4g} and {last.grad_norm:.4g}."
+        )
+
+
+def onset(evidence: Evidence, factor: float = 100.0) -> int | None:
+    """Position in the run-up from which the loss only grew, by at least `factor` in all; None if it did not."""
+    losses = [abs(step.loss) for step in evidence.run_up]
+    if len(losses) < 3:
+        return None
+    start = len(losses) - 1
+    while start > 0 and losses[start - 1] <= losses[start] * 1.05:
+        start -= 1
+    grown = losses[-1] / losses[start] if losses[start] > 0 else float("inf")
+    return start if len(losses) - start >= 3 and grown >= factor else None
+
+
+class PlainOverflow(Rule):
+    """Finite inputs gave a result past the largest number of the dtype: a product, square or sum of huge values."""
+
+    name = "overflow"
+    remedies = (
+        "find what made the inputs this large: the table of the steps before shows which tensor grew",
+        "normalise or clamp before this operation; lower the learning rate if activations grow from step to step",
+        "compare in a bounded form: F.smooth_l1_loss or F.huber_loss instead of a square",
+    )
+
+    def applies(self, evidence: Evidence) -> bool:
+        largest = max(
+            (abs(bound) for e in evidence.inputs.values() for bound in (e.min, e.max) if bound == bound), default=0.0
+        )
+        return evidence.phase in ("forward", "backward") and evidence.kind == "inf" and largest > 1e9
+
+
+RULES = (Divergence(), LossScaleOverflow(), NarrowOverflow(), ExpOverflow(), PlainOverflow())

@@ -1,0 +1,77 @@
+"""Faults of the parameter update itself: gradients and parameters were finite when it began."""
+
+from __future__ import annotations
+
+import math
+
+from stabilitykit.diagnose.rules.base import Evidence, Rule
+
+
+def _number(evidence: Evidence, name: str) -> float:
+    value = evidence.hyperparameters.get(name, math.nan)
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return math.nan
+
+
+class LearningRateNotFinite(Rule):
+    """The learning rate itself is not finite: a schedule was asked for a step past its end, or divided by zero."""
+
+    name = "lr_not_finite"
+    remedies = (
+        "bound the schedule: max(0.0, 1 - step / total) ** power, and step it once per optimizer step",
+        "check it where it is set: assert math.isfinite(group['lr'])",
+    )
+
+    def applies(self, evidence: Evidence) -> bool:
+        return evidence.phase == "optimizer" and not math.isfinite(
+            _number(evidence, "lr") if "lr" in evidence.hyperparameters else 0.0
+        )
+
+    def facts(self, evidence: Evidence) -> str:
+        return f"lr = {_number(evidence, 'lr')}."
+
+
+class NoEpsilon(Rule):
+    """An adaptive optimizer divided by the root of a second moment that is exactly zero, and epsilon is zero or is
+    lost in the dtype: 0 / 0 for a parameter whose gradient has always been zero.
+    """
+
+    name = "optimizer_eps"
+    remedies = (
+        "give the optimizer an epsilon: eps=1e-8 (1e-7 in bfloat16, 1e-4 in float16)",
+        "leave parameters without a gradient out: requires_grad_(False) until they are used",
+    )
+
+    def applies(self, evidence: Evidence) -> bool:
+        return evidence.phase == "optimizer" and evidence.op in ("addcdiv", "div", "fused_adam", "fused_adamw", "rsqrt")
+
+    def facts(self, evidence: Evidence) -> str:
+        return f"{evidence.optimizer} has eps = {_number(evidence, 'eps'):g}."
+
+
+class UpdateOverflow(Rule):
+    """The update pushed a parameter past the largest number of its dtype: the product of learning rate and gradient
+    (or of learning rate and weight decay) is larger than 2, so every step overshoots more than the last.
+    """
+
+    name = "update_overflow"
+    remedies = (
+        "lower this group's learning rate so that lr * weight_decay is far below 1",
+        "clip the gradient before the step: torch.nn.utils.clip_grad_norm_(parameters, 1.0)",
+    )
+
+    def applies(self, evidence: Evidence) -> bool:
+        return evidence.phase == "optimizer"
+
+    def facts(self, evidence: Evidence) -> str:
+        known = [
+            f"{name} = {_number(evidence, name):g}"
+            for name in ("lr", "weight_decay", "momentum")
+            if name in evidence.hyperparameters
+        ]
+        return f"{evidence.optimizer} with {', '.join(known)}." if known else ""
+
+
+RULES = (LearningRateNotFinite(), NoEpsilon(), UpdateOverflow())

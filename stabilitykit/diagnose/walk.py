@@ -1,0 +1,149 @@
+"""Walk back from what was noticed, through non-finite values only, to the operation or tensor where they began."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from stabilitykit.diagnose.graph import Edge, Leaf, Operation, Source, Symptom
+
+_MASK_CONSUMERS = ("softmax", "log_softmax", "safe_softmax", "logsumexp")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Where it began, how it was noticed, and the operations between, origin first."""
+
+    origin: Operation | Leaf
+    symptom: Symptom
+    path: tuple[Operation, ...]
+    entry: Edge | None = None  # how a leaf came into the step
+
+    @property
+    def kind(self) -> str:
+        """`nan` or `inf`, as the origin made it."""
+        summary = self.origin.output if isinstance(self.origin, Operation) else self.origin.summary
+        if self.entry is not None:
+            return "nan" if self.entry.nan else "inf"
+        return "nan" if summary.nan else "inf"
+
+    @property
+    def moment(self) -> int:
+        """When the value entered the run of the step: leaves at the operation that read them."""
+        return self.origin.index if isinstance(self.origin, Operation) else self.path[0].index if self.path else -1
+
+
+def find_origin(symptoms: Iterable[Symptom], intended: Callable[[Leaf], bool] = lambda _leaf: False) -> Finding | None:
+    """The earliest origin over all symptoms; None where every one of them is an intended constant doing no harm.
+
+    Args:
+        symptoms: what was noticed, in the order it was noticed.
+        intended: whether a non-finite leaf is there on purpose (a mask, a marker for missing data).
+    """
+    findings = [found for symptom in symptoms if (found := trace_back(symptom, intended)) is not None]
+    return min(findings, key=lambda found: found.moment, default=None)
+
+
+def trace_back(symptom: Symptom, intended: Callable[[Leaf], bool]) -> Finding | None:
+    """The origin of one symptom."""
+    search = _Search(symptom, intended)
+    search.run()
+    if search.causes:
+        origin, entry = min(search.causes, key=lambda cause: _order(cause[0], search))
+        return Finding(origin, symptom, search.path_from(origin), entry if isinstance(origin, Leaf) else None)
+    turned = [turn for constant in search.constants if (turn := _turning_point(search.path_from(constant)))]
+    if not turned:
+        return None
+    origin = min(turned, key=lambda operation: operation.index)
+    path = next(path for constant in search.constants if origin in (path := search.path_from(constant)))
+    return Finding(origin, symptom, path[path.index(origin) :])
+
+
+class _Search:
+    """A depth-first walk from a symptom; `causes` and `constants` are where it ended."""
+
+    def __init__(self, symptom: Symptom, intended: Callable[[Leaf], bool]) -> None:
+        self.causes: list[tuple[Source, Edge | None]] = []
+        self.constants: list[Source] = []
+        self._start = symptom.source
+        self._intended = intended
+        self._consumer: dict[int, Operation] = {}  # id of a source -> the operation, nearer the symptom, that read it
+        self._seen: set[int] = set()
+
+    def run(self) -> None:
+        waiting: list[tuple[Source, Edge | None]] = [(self._start, None)]
+        while waiting:
+            source, entry = waiting.pop()
+            if id(source) in self._seen:
+                continue
+            self._seen.add(id(source))
+            if isinstance(source, Leaf):
+                self._end(source, entry, constant=self._intended(source))
+            elif not (edges := followed(source)):
+                self._end(source, entry, constant=source.places_constant)
+            else:
+                for edge in edges:
+                    self._consumer.setdefault(id(edge.source), source)
+                    waiting.append((edge.source, edge))
+
+    def _end(self, source: Source, entry: Edge | None, *, constant: bool) -> None:
+        if constant:
+            self.constants.append(source)
+        else:
+            self.causes.append((source, entry))
+
+    def path_from(self, source: Source) -> tuple[Operation, ...]:
+        """Operations from `source` to the symptom, in order."""
+        path: list[Operation] = []
+        current: Source | None = source
+        while current is not None:
+            if isinstance(current, Operation):
+                path.append(current)
+            current = None if current is self._start else self._consumer.get(id(current))
+        return tuple(path)
+
+
+def followed(operation: Operation) -> Sequence[Edge]:
+    """The inputs that explain the output: the NaN ones where it is NaN and there are any, else all that were bad."""
+    if operation.output.nan and any(edge.nan for edge in operation.edges):
+        return [edge for edge in operation.edges if edge.nan]
+    return operation.edges
+
+
+def _order(source: Source, search: _Search) -> int:
+    if isinstance(source, Operation):
+        return source.index
+    path = search.path_from(source)
+    return path[0].index if path else -1
+
+
+def _turning_point(path: Sequence[Operation]) -> Operation | None:
+    """Where an intended Inf did harm: the first NaN, else a change of sign, else the operation that left nothing
+    finite.
+
+    None where the symptom is the constant itself, put there on purpose (a running minimum that is reset).
+    """
+    acted = [operation for operation in path if not operation.places_constant]
+    for operation in acted:
+        if operation.output.nan:
+            return operation
+    signs = [(operation.output.posinf > 0, operation.output.neginf > 0) for operation in path]
+    for position in range(1, len(path)):
+        if (
+            signs[position] != signs[position - 1]
+            and not path[position].places_constant
+            and sum(signs[position - 1]) == 1
+        ):
+            return path[position]
+    for operation in acted:
+        if operation.output.posinf + operation.output.neginf == operation.output.numel:
+            return operation
+    return acted[-1] if acted else None
+
+
+def is_mask(leaf: Leaf, paths: Sequence[Operation]) -> bool:
+    """Whether a leaf of nothing but Inf goes straight into a softmax: an attention mask made outside the step."""
+    if leaf.summary.nan or (leaf.summary.posinf and leaf.summary.neginf):
+        return False
+    harmed = next((operation for operation in paths if operation.output.nan), None)
+    return harmed is not None and harmed.op in _MASK_CONSUMERS

@@ -1,0 +1,1 @@
+"""The stability guards as parts for any training loop."""

@@ -1,0 +1,150 @@
+"""The last steps, held so that they can be put back and run again: a snapshot, and how each step began."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stabilitykit.config import CADENCES
+from stabilitykit.snapshot import Moment, Snapshot, TrainingState, tensors_of
+from stabilitykit.watch.sentinel import Reading
+
+Step = Callable[..., Any]
+
+
+@dataclass
+class PastStep:
+    """A step since the last snapshot: what it began with, and what it gave.  The batch is held by reference."""
+
+    index: int
+    moment: Moment
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    batch_versions: tuple[int, ...]
+    reading: Reading | None = None
+    seconds: float = 0.0
+    num_bytes: int = 0
+
+    def batch_untouched(self) -> bool:
+        """Whether nobody has written into the batch since."""
+        return self.batch_versions == _versions(self.args, self.kwargs)
+
+
+class History:
+    """Takes snapshots at a cadence that keeps within its budget, and rewinds to the start of the current step.
+
+    A snapshot is due when its cadence says so, when batches held by reference pass `max_bytes`, and whenever the
+    state was changed between two steps (weights averaged, a buffer filled by the caller), since a re-run could not
+    repeat that.
+    """
+
+    def __init__(
+        self, state: TrainingState, *, every: int | None, budget: float, max_bytes: int, rollback_steps: int
+    ) -> None:
+        self._state = state
+        self._every, self._budget, self._max_bytes = every, budget, max_bytes
+        self._rollback_steps = rollback_steps
+        self._snapshot: Snapshot | None = None
+        self._steps: list[PastStep] = []
+        self._good: tuple[int, Snapshot] | None = None  # what `rollback` goes back to
+        self._next_good: tuple[int, Snapshot] | None = None
+        self._versions: tuple[int, int] = (0, 0)
+        self._snapshot_seconds = 0.0
+        self._step_seconds = 0.0
+
+    @property
+    def interval(self) -> int:
+        """Steps from one snapshot to the next."""
+        if self._every is not None:
+            return self._every
+        if not self._step_seconds:
+            return 1
+        wanted = self._snapshot_seconds / max(self._budget * self._step_seconds, 1e-9)
+        return next((cadence for cadence in CADENCES if cadence >= wanted), CADENCES[-1])
+
+    @property
+    def last_good_step(self) -> int | None:
+        """The step at whose start the state that `rollback` restores was captured."""
+        return self._good[0] if self._good is not None else None
+
+    def begin(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A step is about to run."""
+        if self._snapshot_due():
+            started = time.perf_counter()
+            self._snapshot = self._state.capture()
+            self._snapshot_seconds = _smooth(self._snapshot_seconds, time.perf_counter() - started)
+            self._keep_good(index, self._snapshot)
+            self._steps.clear()
+            moment = self._snapshot.moment
+        else:
+            moment = self._state.moment()
+        held = sum(tensor.nbytes for _, tensor in tensors_of((args, dict(kwargs))) if tensor.layout == torch.strided)
+        self._steps.append(PastStep(index, moment, args, kwargs, _versions(args, kwargs), num_bytes=held))
+
+    def end(self, reading: Reading, seconds: float) -> None:
+        """The step is over and was good."""
+        if self._steps:
+            self._steps[-1].reading = reading
+            self._step_seconds = _smooth(self._step_seconds, seconds)
+        self._versions = self._state.versions()
+
+    def forget(self) -> None:
+        """The state has been put somewhere else: begin anew with a snapshot at the next step."""
+        self._snapshot = None
+        self._steps.clear()
+
+    def rewind(self, rerun: Callable[[PastStep], Reading]) -> bool:
+        """Put the state back to the start of the current step.
+
+        Args:
+            rerun: runs a past step again and reads it.
+
+        Returns:
+            Whether every step on the way was bit-identical to its first run.
+        """
+        assert self._snapshot is not None, "begin() comes before rewind()"
+        self._state.restore(self._snapshot)
+        exact = True
+        for past in self._steps[:-1]:
+            self._state.restore_moment(past.moment)
+            again = rerun(past)
+            exact = exact and past.batch_untouched() and past.reading is not None and past.reading.same_step(again)
+        self._state.restore_moment(self._steps[-1].moment)
+        return exact and self._steps[-1].batch_untouched()
+
+    def roll_back(self) -> int | None:
+        """Restore the last good state, at least `rollback_steps` old where there is one; the step it began, or None."""
+        target = self._good or self._next_good
+        if target is None:
+            return None
+        self._state.restore(target[1])
+        return target[0]
+
+    def recent(self) -> Sequence[PastStep]:
+        """The steps since the snapshot, the current one last."""
+        return self._steps
+
+    def _snapshot_due(self) -> bool:
+        if self._snapshot is None or len(self._steps) >= self.interval:
+            return True
+        if sum(step.num_bytes for step in self._steps) > self._max_bytes:
+            return True
+        return self._state.versions() != self._versions
+
+    def _keep_good(self, index: int, snapshot: Snapshot) -> None:
+        if self._next_good is None:
+            self._good = self._next_good = (index, snapshot)
+        elif index - self._next_good[0] >= self._rollback_steps:
+            self._good, self._next_good = self._next_good, (index, snapshot)
+
+
+def _versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(tensor._version for _, tensor in tensors_of((args, dict(kwargs))))
+
+
+def _smooth(before: float, now: float) -> float:
+    return now if not before else 0.9 * before + 0.1 * now

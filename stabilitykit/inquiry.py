@@ -1,0 +1,136 @@
+"""From a suspicion to a diagnosis: rewind, run the step again under the tracer, walk back, conclude."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stabilitykit.diagnose.conclude import Context, conclude
+from stabilitykit.diagnose.graph import Leaf
+from stabilitykit.diagnose.retrace import Subject, batch_name, retrace
+from stabilitykit.diagnose.walk import find_origin
+from stabilitykit.history import History, PastStep, Step
+from stabilitykit.measure.values import is_finite
+from stabilitykit.schema import Diagnosis, Proof, RunUpStep
+from stabilitykit.snapshot import Snapshot, TrainingState, tensors_of
+from stabilitykit.watch.sentinel import Reading
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an inquiry found, and the states to go on from.
+
+    Attributes:
+        diagnosis: None where the suspicion was unfounded: what looked bad reaches neither loss, gradients nor
+            parameters.
+        before: the state at the start of the step.
+        after: the state as the first run of the step left it.
+    """
+
+    diagnosis: Diagnosis | None
+    before: Snapshot
+    after: Snapshot
+
+
+@dataclass(frozen=True)
+class Inquiry:
+    """Everything an inquiry needs of the monitor.
+
+    Attributes:
+        constants: copies of the module buffers that were non-finite when the monitor was attached.
+        read: reads the sentinel after a re-run, given what the step returned.
+        begin: tells sentinel and tracer that a re-run starts.
+    """
+
+    state: TrainingState
+    history: History
+    subject: Subject
+    constants: Mapping[str, Tensor]
+    begin: Callable[[], None]
+    read: Callable[[Any], Reading]
+
+    def hold(
+        self,
+        step: Step,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        reading: Reading,
+        facts: Callable[[], Mapping[str, Any]],
+    ) -> Outcome:
+        """Look into the step that has just run; the state is left as the re-run left it: the caller restores one."""
+        constants = self._unchanged_constants()
+        after = self.state.capture()
+        exact = self.history.rewind(lambda past: self._rerun(step, past))
+        before = self.state.capture()
+        self.begin()
+        retraced = retrace(self.subject, step, args, kwargs)
+        again = self.read(retraced.returned)
+        proof: Proof = "replayed" if exact and reading.same_step(again) else "replayed-differs"
+        finding = find_origin(retraced.trace.symptoms, self._intended(constants))
+        if finding is None:
+            return Outcome(None, before, after)
+        context = Context(
+            proof=proof,
+            batch_size=retraced.trace.batch_size,
+            hyperparameters=self._hyperparameters(),
+            optimizer=", ".join(type(entry).__name__ for entry in self.subject.optimizers),
+            **facts(),
+        )
+        return Outcome(conclude(finding, context), before, after)
+
+    def _rerun(self, step: Step, past: PastStep) -> Reading:
+        self.begin()
+        returned = step(*past.args, **past.kwargs)
+        return self.read(returned)
+
+    def _intended(self, constants: set[str]) -> Callable[[Leaf], bool]:
+        """Whether a leaf is non-finite on purpose: a mask or literal of Inf alone, or a marker earlier batches had."""
+        seen_before = self._markers()
+
+        def intended(leaf: Leaf) -> bool:
+            if leaf.kind == "batch":
+                return (leaf.name, bool(leaf.summary.nan)) in seen_before
+            if leaf.kind == "module_buffer":
+                return leaf.summary.nan == 0 and leaf.name in constants
+            return leaf.kind in ("literal", "unknown") and leaf.summary.nan == 0
+
+        return intended
+
+    def _unchanged_constants(self) -> set[str]:
+        """Module buffers non-finite from the start that still hold what they held: a mask, not a running minimum."""
+        live = dict(self.subject.model.named_buffers())
+        return {
+            name
+            for name, held in self.constants.items()
+            if name in live and torch.equal(torch.nan_to_num(live[name]), torch.nan_to_num(held))
+        }
+
+    def _markers(self) -> set[tuple[str, bool]]:
+        """Entries of earlier batches that were non-finite and did no harm: their names, and whether they held NaN."""
+        return {
+            (batch_name(path), bool(tensor.isnan().any()))
+            for past in list(self.history.recent())[:-1]
+            for path, tensor in tensors_of((past.args, dict(past.kwargs)))
+            if tensor.is_floating_point() and not is_finite(tensor)
+        }
+
+    def _hyperparameters(self) -> Mapping[str, Mapping[str, Any]]:
+        names = {id(parameter): name for name, parameter in self.subject.parameters.items()}
+        return {
+            names[id(parameter)]: {key: value for key, value in group.items() if key != "params"}
+            for optimizer in self.subject.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if id(parameter) in names
+        }
+
+
+def run_up_step(index: int, reading: Reading) -> RunUpStep:
+    """A step's line in the run-up."""
+    loss = next((value for name, value in reading.losses.items()), math.nan)
+    return RunUpStep(step=index, loss=loss, grad_norm=reading.grad_norm, parameter_norm=reading.parameter_norm)

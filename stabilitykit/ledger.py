@@ -1,0 +1,267 @@
+"""The monitor's bookkeeping: step rows, events, the recording cadence: all that goes to the recorder."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from stabilitykit.config import CADENCES, MonitorConfig
+from stabilitykit.record import Recorder
+from stabilitykit.record.ending import write_ending
+from stabilitykit.record.folder import replace_file
+from stabilitykit.runfile import RunFile
+from stabilitykit.schema import SCALAR_ROW, STEP_ROW, Diagnosis, Ending, Event
+from stabilitykit.watch.buffer import full_audit
+from stabilitykit.watch.sentinel import Reading
+
+Rows = np.ndarray[Any, np.dtype[np.void]]
+
+
+class Ledger:
+    """Gathers what belongs to a step and writes it in one go.
+
+    Attributes:
+        recorder: hands out tensor ids.
+        run_file: the run's facts.
+        task: the caller's task number, None without tasks.
+        samples: data-set indices of the current batch's rows, None where the caller does not say.
+    """
+
+    def __init__(self, run_dir: Path, model: nn.Module, config: MonitorConfig, replay_buffer: object | None) -> None:
+        self.run_file = RunFile.open(run_dir, model, config)
+        self.recorder = Recorder(run_dir, attempt=self.run_file.attempt)
+        self.task: int | None = None
+        self.samples: Sequence[int] | None = None
+        self._run_dir, self._config, self._buffer = run_dir, config, replay_buffer
+        self._epoch: int | None = None
+        self._scalars: dict[str, float | Tensor] = {}
+        self._events: list[Event] = []
+        self._kept: Rows | None = None
+        self._loss_terms: list[str] = []
+        self._pid = os.getpid()
+        self._last_step = -1
+        self._num_own_errors = 0
+        self._seconds = _Costs()
+        self._known_findings: set[tuple[str, str]] = set()
+
+    # During a step.
+
+    def begin_step(self, step: int) -> bool:
+        """A step starts; whether its tensors are to be recorded."""
+        self.samples = None
+        self._seconds.begin()
+        self._seconds.recording = step % self.cadence == 0
+        return self._seconds.recording
+
+    @property
+    def cadence(self) -> int:
+        """Tensors are recorded every so many steps: the one asked for, or the densest within the budget."""
+        return self._config.cadence or self._seconds.cadence(self._config.budget)
+
+    def cost(self, seconds: float) -> None:
+        """Watching this step has taken so much more."""
+        self._seconds.add(seconds)
+
+    def log(self, *, task: int | None, epoch: int | None, scalars: Mapping[str, float | Tensor]) -> None:
+        """Numbers of the caller's, written with the next step row."""
+        if task is not None and task != self.task:
+            self.task = task
+            self.event(Event(kind="task", message=f"task {task} begins", data={"task": task}))
+        self._epoch = self._epoch if epoch is None else epoch
+        self._scalars |= scalars
+
+    def event(self, event: Event) -> None:
+        """Something that happened, written with the next step row."""
+        self._events.append(_stamped(event))
+
+    def own_error(self, error: BaseException) -> None:
+        """One of our measurements failed: training goes on, one warning, and the report says so."""
+        self._num_own_errors += 1
+        if self._num_own_errors > 1:
+            return
+        text = "".join(traceback.format_exception_only(error)).strip()
+        warnings.warn(f"stabilitykit: a measurement failed and is left out: {text}", RuntimeWarning, stacklevel=2)
+        where = traceback.format_tb(error.__traceback__)[-1] if error.__traceback__ else ""
+        self.event(Event(kind="own_error", severity="warning", message=text, data={"where": where}))
+
+    def keep(self, rows: Rows | None) -> None:
+        """Rows measured before an inquiry, to be written when the step ends."""
+        self._kept = rows
+
+    def end_step(
+        self,
+        step: int,
+        reading: Reading,
+        tensors: Rows | None,
+        *,
+        seconds: float,
+        learning_rates: Sequence[float],
+        loss_scale: float,
+        update_norm: float,
+        skipped: bool,
+    ) -> None:
+        """Write all that belongs to the step; never raises."""
+        self._last_step = step
+        buffer = self._audit(step)
+        kept, self._kept = self._kept, None
+        row = np.zeros(1, STEP_ROW)
+        scale = 1.0 if math.isnan(loss_scale) or loss_scale == 0 else loss_scale
+        row[0] = (
+            max(reading.num_backwards - 1, 0),
+            -1 if self.task is None else self.task,
+            -1 if self._epoch is None else self._epoch,
+            time.time(),
+            seconds,
+            next(iter(reading.losses.values()), math.nan),
+            reading.grad_norm / scale,
+            reading.grad_norm_clipped / scale
+            if reading.grad_norm_clipped == reading.grad_norm
+            else reading.grad_norm_clipped,
+            _ratio(reading.grad_norm_clipped, reading.grad_norm),
+            learning_rates[0] if learning_rates else math.nan,
+            reading.parameter_norm,
+            update_norm,
+            loss_scale,
+            skipped,
+            self.cadence,
+            self._seconds.current,
+        )
+        scalars = self._scalar_rows(reading, learning_rates)
+        events, self._events = self._events, []
+        rows = tensors if kept is None else kept
+        self.recorder.write(step, steps=row, tensors=rows, scalars=scalars, buffer=buffer, events=events)
+        self._seconds.end(seconds)
+
+    def fault(self, step: int, diagnosis: Diagnosis, number: int) -> None:
+        """Write `diagnosis.json` (later ones are numbered) and an event, before anything is raised."""
+        name = "diagnosis.json" if number == 1 else f"diagnosis-{number:04d}.json"
+        self.event(
+            Event(
+                kind="nonfinite",
+                severity="error",
+                subject=diagnosis.origin.tensor or diagnosis.origin.module,
+                message=diagnosis.verdict,
+                data={"diagnosis": name, "rule": diagnosis.rule},
+            )
+        )
+        try:
+            replace_file(self._run_dir, self._run_dir / name, diagnosis.to_json().encode())
+        except OSError as error:
+            warnings.warn(f"stabilitykit: {name} could not be written: {error}", RuntimeWarning, stacklevel=2)
+
+    def flush(self) -> None:
+        """Write what waits for the next step row."""
+        if self._events:
+            events, self._events = self._events, []
+            self.recorder.write(max(self._last_step, 0), events=events)
+
+    def close(self, last_step: int, error: BaseException | None) -> None:
+        """Seal the log and say how the run ended."""
+        if os.getpid() != self._pid:
+            return
+        self.flush()
+        self.run_file.update({"loss_terms": self._loss_terms})
+        self.recorder.close()
+        text = "" if error is None else "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
+        ending: Ending = "completed" if error is None else "raised"
+        write_ending(self._run_dir, ending, last_step, text, attempt=self.run_file.attempt)
+
+    def abandon(self) -> None:
+        """As `close`, for a monitor that nobody closed: the interpreter's last error says how the run ended."""
+        self.close(self._last_step, getattr(sys, "last_value", None))
+
+    # Rows.
+
+    def _scalar_rows(self, reading: Reading, learning_rates: Sequence[float]) -> Rows | None:
+        names = list(reading.losses)
+        terms = {f"loss/{name}": value for name, value in reading.losses.items() if name in names[1:] or name != "loss"}
+        self._loss_terms += [name for name in terms if name not in self._loss_terms]
+        rates = {f"lr/{group}": rate for group, rate in enumerate(learning_rates) if group > 0}
+        given = {name: float(value) for name, value in self._scalars.items()}
+        self._scalars = {}
+        values = terms | rates | given
+        if not values:
+            return None
+        rows = np.zeros(len(values), SCALAR_ROW)
+        micro = max(reading.num_backwards - 1, 0)
+        for position, (name, value) in enumerate(values.items()):
+            rows[position] = (micro, self.recorder.scalar_id(name), value)
+        return rows
+
+    def _audit(self, step: int) -> Rows | None:
+        every = self._config.audit_every
+        if self._buffer is None or not every or step % every:
+            return None
+        try:
+            audit = full_audit(self._buffer)
+        except Exception as error:  # noqa: BLE001 - the caller's object; training goes on
+            self.own_error(error)
+            return None
+        for finding in audit.findings:
+            if (finding.kind, finding.field) not in self._known_findings:
+                self._known_findings.add((finding.kind, finding.field))
+                data = {"slots": list(finding.slots[:100])}
+                self.event(
+                    Event(kind="buffer", severity="warning", subject=finding.field, message=finding.message, data=data)
+                )
+        return audit.row
+
+
+class _Costs:
+    """What watching takes, and the cadence that keeps recording within its budget."""
+
+    def __init__(self) -> None:
+        self.recording = False
+        self.current = 0.0
+        self._plain = 0.0  # seconds of a step that is not recorded
+        self._recorded = 0.0
+        self._ended = 0
+
+    def begin(self) -> None:
+        self.current = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.current += seconds
+
+    def end(self, seconds: float) -> None:
+        """A step is over: `seconds` is the user's function with our hooks in it."""
+        self._ended += 1
+        total = seconds + self.current
+        if self.recording:
+            self._recorded = total if not self._recorded else 0.8 * self._recorded + 0.2 * total
+        else:
+            self._plain = total if not self._plain else 0.9 * self._plain + 0.1 * total
+
+    def cadence(self, budget: float) -> int:
+        if not self._plain or not self._recorded:
+            return 1 if self._ended == 0 else 2  # the second step is left out, to know what one costs without
+        extra = max(self._recorded - self._plain, 0.0)
+        wanted = extra / max(budget * self._plain, 1e-9)
+        return next((cadence for cadence in CADENCES if cadence >= wanted), CADENCES[-1])
+
+
+def _stamped(event: Event) -> Event:
+    if event.wall_time:
+        return event
+    return Event(
+        kind=event.kind,
+        message=event.message,
+        severity=event.severity,
+        subject=event.subject,
+        wall_time=time.time(),
+        data=event.data,
+    )
+
+
+def _ratio(clipped: float, norm: float) -> float:
+    return clipped / norm if norm and math.isfinite(norm) else math.nan

@@ -1,0 +1,1 @@
+"""Tensors to statistics: pure functions, on the device."""

@@ -1,0 +1,271 @@
+"""Capture and restore all that a training step can change, bit for bit; for the replay and the guards."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from stabilitykit.errors import UsageError
+
+BUFFER_FIELDS = ("examples", "labels", "logits", "task_labels", "uids")
+
+
+@dataclass(frozen=True)
+class RandomStates:
+    """Every global random stream: torch's CPU and CUDA generators, Python's and numpy's."""
+
+    torch_cpu: Tensor
+    torch_cuda: tuple[Tensor, ...]
+    python: tuple[Any, ...]
+    numpy: tuple[Any, ...] | Mapping[str, Any]
+
+    @classmethod
+    def capture(cls) -> RandomStates:
+        """Read the streams without advancing them."""
+        cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+        return cls(torch.get_rng_state(), cuda, random.getstate(), np.random.get_state())  # noqa: NPY002
+
+    def restore(self) -> None:
+        """Put every stream back where it was."""
+        torch.set_rng_state(self.torch_cpu)
+        if self.torch_cuda:
+            torch.cuda.set_rng_state_all(list(self.torch_cuda))
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)  # type: ignore[arg-type]  # noqa: NPY002
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What may change between two steps without a trace: random streams and hyperparameters; cheap to hold."""
+
+    random: RandomStates
+    hyperparameters: tuple[tuple[dict[str, Any], ...], ...]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A training state, detached from the live one: `TrainingState.restore` puts it back, as often as wanted."""
+
+    moment: Moment
+    tensors: tuple[tuple[Tensor, Tensor], ...]  # live parameter or module buffer, its copy
+    gradients: tuple[tuple[Tensor, Tensor | None, Tensor | None], ...]  # parameter, live gradient, its copy
+    optimizer_states: tuple[dict[Tensor, Any], ...]
+    modes: tuple[tuple[nn.Module, bool], ...]
+    extras: tuple[Any, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held by the tensor copies."""
+        copies = [held for _, held in self.tensors] + [held for _, _, held in self.gradients if held is not None]
+        return sum(held.nbytes for held in copies)
+
+
+class TrainingState:
+    """The live objects a step changes: model, optimizers, GradScaler, random streams and the caller's stateful objects.
+
+    Args:
+        model: its parameters, buffers (persistent or not), gradients and train/eval modes are captured.
+        optimizers: state and hyperparameters; parameters that are not the model's are captured as well.
+        stateful: objects with `state_dict`/`load_state_dict` (a GradScaler, a scheduler, a replay buffer), modules,
+            tensors, generators (`get_state`/`set_state`), or anything with tensors `examples, labels, logits`.
+
+    Raises:
+        UsageError: an entry of `stateful` is none of these.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], stateful: Iterable[object] = ()) -> None:
+        self.model = model
+        self.optimizers = tuple(optimizers)
+        self.modules = (model, *(entry for entry in stateful if isinstance(entry, nn.Module)))
+        unique = {id(entry): entry for entry in stateful if not isinstance(entry, nn.Module)}
+        self._extras = tuple(_Extra.of(entry) for entry in unique.values())
+
+    def parameters(self) -> list[Tensor]:
+        """All parameters: the modules' and the optimizers', each once, in a stable order."""
+        found = {id(entry): entry for module in self.modules for entry in module.parameters()}
+        for optimizer in self.optimizers:
+            found |= {id(entry): entry for group in optimizer.param_groups for entry in group["params"]}
+        return list(found.values())
+
+    def moment(self) -> Moment:
+        """Capture the cheap part alone."""
+        return Moment(RandomStates.capture(), tuple(_hyperparameters(entry) for entry in self.optimizers))
+
+    def capture(self) -> Snapshot:
+        """Copy the whole state; costs about one pass over parameters, gradients and optimizer state."""
+        parameters = self.parameters()
+        buffers = [entry for module in self.modules for entry in module.buffers()]
+        return Snapshot(
+            moment=self.moment(),
+            tensors=tuple((entry, entry.detach().clone()) for entry in (*parameters, *buffers)),
+            gradients=tuple((entry, entry.grad, _clone(entry.grad)) for entry in parameters),
+            optimizer_states=tuple(
+                {key: _clone_tree(value) for key, value in optimizer.state.items()} for optimizer in self.optimizers
+            ),
+            modes=tuple((entry, entry.training) for module in self.modules for entry in module.modules()),
+            extras=tuple(entry.capture() for entry in self._extras),
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put a captured state back, in place: no parameter, optimizer or module changes its identity."""
+        with torch.no_grad():
+            for live, held in snapshot.tensors:
+                live.copy_(held)
+            for parameter, gradient, copied in snapshot.gradients:
+                parameter.grad = None if gradient is None or copied is None else _refill(gradient, copied)
+        for optimizer, states in zip(self.optimizers, snapshot.optimizer_states, strict=True):
+            _restore_optimizer(optimizer, states)
+        for module, training in snapshot.modes:
+            module.training = training
+        for entry, held in zip(self._extras, snapshot.extras, strict=True):
+            entry.restore(held)
+        self.restore_moment(snapshot.moment)
+
+    def restore_moment(self, moment: Moment) -> None:
+        """Put the cheap part back alone."""
+        for optimizer, groups in zip(self.optimizers, moment.hyperparameters, strict=True):
+            for group, held in zip(optimizer.param_groups, groups, strict=True):
+                group.update(copy.deepcopy(held))
+        moment.random.restore()
+
+    def versions(self) -> tuple[int, int]:
+        """A fingerprint that changes when a captured tensor is written to: how many tensors, and their writes."""
+        tensors = [*self.parameters(), *(entry for module in self.modules for entry in module.buffers())]
+        tensors += [tensor for extra in self._extras for tensor in extra.tensors()]
+        return len(tensors), sum(entry._version for entry in tensors)
+
+
+@dataclass(frozen=True)
+class _Extra:
+    """One of the caller's own objects and the protocol by which it is captured."""
+
+    target: Any
+    protocol: str
+
+    @classmethod
+    def of(cls, target: object) -> _Extra:
+        if isinstance(target, Tensor):
+            return cls(target, "tensor")
+        for protocol, names in _PROTOCOLS.items():
+            if all(hasattr(target, name) for name in names):
+                return cls(target, protocol)
+        if _buffer_tensors(target):
+            return cls(target, "buffer")
+        raise UsageError(
+            f"attach: got a stateful {type(target).__name__}, expected state_dict and load_state_dict (or a tensor, a "
+            "generator, a replay buffer with tensors examples, labels, logits); add the two methods to it"
+        )
+
+    def capture(self) -> Any:
+        if self.protocol == "tensor":
+            return self.target.detach().clone()
+        if self.protocol == "buffer":
+            return {name: entry.clone() for name, entry in _buffer_tensors(self.target).items()}
+        if self.protocol == "bit_generator":
+            return copy.deepcopy(self.target.bit_generator.state)
+        return copy.deepcopy(getattr(self.target, _PROTOCOLS[self.protocol][0])())
+
+    def restore(self, held: Any) -> None:
+        if self.protocol == "tensor":
+            with torch.no_grad():
+                self.target.copy_(held)
+        elif self.protocol == "buffer":
+            for name, tensor in _buffer_tensors(self.target).items():
+                tensor.copy_(held[name])
+        elif self.protocol == "bit_generator":
+            self.target.bit_generator.state = copy.deepcopy(held)
+        else:
+            getattr(self.target, _PROTOCOLS[self.protocol][1])(copy.deepcopy(held))
+
+    def tensors(self) -> list[Tensor]:
+        return list(_buffer_tensors(self.target).values())
+
+
+_PROTOCOLS: Mapping[str, tuple[str, ...]] = {
+    "state_dict": ("state_dict", "load_state_dict"),
+    "get_state": ("get_state", "set_state"),  # torch.Generator, numpy.random.RandomState
+    "getstate": ("getstate", "setstate"),  # random.Random
+    "bit_generator": ("bit_generator",),  # numpy.random.Generator
+}
+
+
+def _buffer_tensors(target: object) -> dict[str, Tensor]:
+    """The tensors of a replay buffer, an object or a mapping."""
+    found = {
+        name: target.get(name) if isinstance(target, Mapping) else getattr(target, name, None) for name in BUFFER_FIELDS
+    }
+    return {name: entry for name, entry in found.items() if isinstance(entry, Tensor)}
+
+
+def _hyperparameters(optimizer: Optimizer) -> tuple[dict[str, Any], ...]:
+    return tuple(
+        {key: _clone_tree(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+    )
+
+
+def _clone(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
+
+
+def _refill(gradient: Tensor, held: Tensor) -> Tensor:
+    """The live gradient with its old content; a new tensor where the shape or layout has changed since."""
+    if gradient.shape != held.shape or gradient.layout != held.layout or gradient.layout != torch.strided:
+        return held.clone()
+    return gradient.detach_().copy_(held) if gradient.grad_fn is not None else gradient.copy_(held)
+
+
+def _clone_tree(value: Any) -> Any:
+    """Tensors cloned, containers rebuilt, the rest deep-copied: an optimizer's state holds numbers and lists too."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _clone_tree(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_clone_tree(entry) for entry in value)
+    return value if isinstance(value, int | float | str | bool | None) else copy.deepcopy(value)
+
+
+def _restore_optimizer(optimizer: Optimizer, states: Mapping[Tensor, Any]) -> None:
+    """In place where the tensors are still there, so that a capturable or fused optimizer keeps its addresses."""
+    for key in [key for key in optimizer.state if key not in states]:
+        del optimizer.state[key]
+    for key, held in states.items():
+        optimizer.state[key] = _merge(optimizer.state.get(key), held)
+
+
+def _merge(live: Any, held: Any) -> Any:
+    if isinstance(held, Tensor):
+        if isinstance(live, Tensor) and live.shape == held.shape and live.dtype == held.dtype:
+            with torch.no_grad():
+                return live.copy_(held)
+        return held.clone()
+    if isinstance(held, dict):
+        known = live if isinstance(live, dict) else {}
+        return {key: _merge(known.get(key), entry) for key, entry in held.items()}
+    return _clone_tree(held)
+
+
+def tensors_of(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in nested tuples, lists, mappings and dataclasses, with its path: `[0]`, `.inputs`, `['x']`."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from tensors_of(entry, f"{path}[{key!r}]")
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        for name in value._fields:
+            yield from tensors_of(getattr(value, name), f"{path}.{name}")
+    elif isinstance(value, list | tuple):
+        for index, entry in enumerate(value):
+            yield from tensors_of(entry, f"{path}[{index}]")
+    elif hasattr(value, "__dataclass_fields__"):
+        for name in value.__dataclass_fields__:
+            yield from tensors_of(getattr(value, name, None), f"{path}.{name}")

@@ -1,0 +1,87 @@
+"""Rows for parameters, their gradients before and after clipping, their updates, optimizer state and module buffers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from stabilitykit.config import MonitorConfig
+from stabilitykit.measure.norms import combine, tensor_norms, transfer
+from stabilitykit.schema import Phase, Role
+from stabilitykit.watch.rows import RowCollector
+
+
+class ParameterWatch:
+    """Called at the ends of backward, at the optimizer's start and at the step's end, on recorded steps only."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        parameters: Mapping[str, Tensor],
+        rows: RowCollector,
+        config: MonitorConfig,
+    ) -> None:
+        self._model, self._optimizers, self._parameters = model, optimizers, parameters
+        self._rows, self._config = rows, config
+        self._before: dict[str, Tensor] = {}
+        self._measured: tuple[int, ...] = ()
+
+    def begin(self) -> None:
+        """A step starts."""
+        self._before = {}
+        self._measured = ()
+
+    def backward_ended(self, micro: int) -> None:
+        """Measure the gradients as backward left them."""
+        if self._config.gradients:
+            self._gradients("gradient", "backward", micro)
+            self._measured = self._gradient_versions()
+
+    def optimizer_starts(self, micro: int) -> None:
+        """Measure the gradients again where something has changed them, and hold the parameters for the update."""
+        if self._config.gradients and self._gradient_versions() != self._measured:
+            self._gradients("gradient_clipped", "clip", micro)
+        if not self._before:
+            self._before = {name: entry.detach().clone() for name, entry in self._parameters.items()}
+
+    def step_ended(self, micro: int) -> float:
+        """Measure parameters, updates, optimizer state and module buffers; the L2 norm of the whole update."""
+        updates = {
+            name: self._parameters[name].detach() - before
+            for name, before in self._before.items()
+            if before.is_floating_point() and before.layout == self._parameters[name].layout
+        }
+        if self._config.parameters:
+            self._add("parameter", "optimizer", self._parameters, "parameter", micro)
+            self._add("update", "optimizer", updates, "parameter", micro)
+        if self._config.optimizer_state:
+            self._add("optimizer_state", "optimizer", self._optimizer_state(), "optimizer_state", micro)
+        if self._config.module_buffers:
+            buffers = {name: entry for name, entry in self._model.named_buffers() if entry.is_floating_point()}
+            self._add("module_buffer", "state", buffers, "module_buffer", micro)
+        return combine(transfer(tensor_norms(updates.values()))) if updates else math.nan
+
+    def _gradients(self, role: Role, phase: Phase, micro: int) -> None:
+        held = {name: entry.grad for name, entry in self._parameters.items() if entry.grad is not None}
+        self._add(role, phase, held, "parameter", micro)
+
+    def _gradient_versions(self) -> tuple[int, ...]:
+        return tuple(entry.grad._version for entry in self._parameters.values() if entry.grad is not None)
+
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        names = {id(entry): name for name, entry in self._parameters.items()}
+        return {
+            f"{names.get(id(parameter), 'parameter')}.{key}": value
+            for optimizer in self._optimizers
+            for parameter, state in optimizer.state.items()
+            for key, value in state.items()
+            if isinstance(value, Tensor) and value.dim() > 0
+        }
+
+    def _add(self, role: Role, phase: Phase, tensors: Mapping[str, Tensor], kind: str, micro: int) -> None:
+        for name, tensor in tensors.items():
+            self._rows.add(name, role, phase, tensor.detach(), kind=kind, micro=micro)
