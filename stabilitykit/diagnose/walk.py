@@ -118,8 +118,7 @@ def _order(source: Source, search: _Search) -> int:
 
 
 def _turning_point(path: Sequence[Operation]) -> Operation | None:
-    """Where an intended Inf did harm: the first NaN, else a change of sign, else the operation that left nothing
-    finite.
+    """Where an intended Inf did harm: the first NaN, else a change of sign, else the op that left nothing finite.
 
     None where the symptom is the constant itself, put there on purpose (a running minimum that is reset).
     """

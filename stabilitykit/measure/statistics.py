@@ -67,8 +67,7 @@ def _with_nonfinite(flat: Tensor, zeros: Tensor, subnormal: Tensor) -> Tensor:
 
 
 def headroom(absmax: float, dtype: torch.dtype) -> float:
-    """Bits left before the largest magnitude overflows `dtype`: read it as a countdown, 0 means the next doubling is
-    Inf.
+    """Bits left before the largest magnitude overflows `dtype`: a countdown, at 0 the next doubling is Inf.
 
     Args:
         absmax: largest finite magnitude of the tensor; nan where there is none.

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stabilitykit.measure.norms import tensor_norms, transfer
 from stabilitykit.snapshot import tensors_of
 from stabilitykit.watch.rows import RowCollector
+
+_Norm = tuple[str, Tensor]
 
 
 class ModuleWatch:
@@ -21,7 +25,8 @@ class ModuleWatch:
     """
 
     def __init__(self, model: nn.Module, rows: RowCollector, unseen: Callable[[Callable[[], None]], None]) -> None:
-        self.recording = False
+        self.recording = self._trailing = False
+        self._trails: tuple[list[_Norm], list[_Norm], list[_Norm]] = ([], [], [])
         self._rows = rows
         self._unseen = unseen
         self._calls: Counter[str] = Counter()
@@ -30,11 +35,25 @@ class ModuleWatch:
             for name, module in model.named_modules()
             if not isinstance(module, torch.jit.ScriptModule)
         ]
+        if not isinstance(model, torch.jit.ScriptModule):
+            self._handles.append(model.register_forward_pre_hook(_InputHook(self), with_kwargs=True))
 
-    def begin(self, *, recording: bool) -> None:
-        """A step starts, to be recorded or not."""
-        self.recording = recording
+    @property
+    def active(self) -> bool:
+        """Whether the hooks have anything to do."""
+        return self.recording or self._trailing
+
+    def begin(self, *, recording: bool, trailing: bool = False) -> None:
+        """A step starts, to be recorded or not; `trailing` keeps a norm of all that passes, for want of a replay."""
+        self.recording, self._trailing = recording, trailing
         self._calls.clear()
+        self._trails = ([], [], [])
+
+    def trail(self) -> tuple[list[tuple[str, float]], list[tuple[str, float]], list[tuple[str, float]]]:
+        """Names and L2 norms of what passed since `begin`: the model's inputs, module outputs, output gradients."""
+        norms = iter(transfer([norm for trail in self._trails for _, norm in trail]))
+        inputs, outputs, gradients = ([(name, next(norms)) for name, _ in trail] for trail in self._trails)
+        return inputs, outputs, gradients
 
     def close(self) -> None:
         """Take every hook off."""
@@ -51,21 +70,34 @@ class ModuleWatch:
         ]
         for position, (_, tensor) in enumerate(found):
             label = name if position == 0 else f"{name}[{position}]"
-            self._unseen(lambda label=label, tensor=tensor: self._measure(label, tensor, call))  # type: ignore[misc]
+            self._unseen(partial(self._measure, label, name, tensor.detach(), call))
             if tensor.requires_grad and tensor.grad_fn is not None:
-                tensor.register_hook(self._gradient_hook(label, call))  # type: ignore[no-untyped-call]
+                tensor.register_hook(self._gradient_hook(label, name, call))  # type: ignore[no-untyped-call]
 
-    def _measure(self, label: str, tensor: Tensor, call: int) -> None:
-        self._rows.add(label, "output", "forward", tensor.detach(), kind="module", call=call)
+    def record_inputs(self, inputs: Any) -> None:
+        """The model is called."""
+        for path, tensor in tensors_of(inputs):
+            if tensor.is_floating_point():
+                self._unseen(partial(self._follow, 0, f"input{path}", tensor.detach()))
 
-    def _gradient_hook(self, label: str, call: int) -> Callable[[Tensor], None]:
+    def _measure(self, label: str, module: str, tensor: Tensor, call: int) -> None:
+        if self.recording:
+            self._rows.add(label, "output", "forward", tensor, kind="module", call=call)
+        self._follow(1, module, tensor)
+
+    def _measure_gradient(self, label: str, module: str, gradient: Tensor, call: int) -> None:
+        if self.recording:
+            self._rows.add(label, "output_gradient", "backward", gradient, kind="module", call=call)
+        self._follow(2, module, gradient)
+
+    def _follow(self, which: int, module: str, tensor: Tensor) -> None:
+        if self._trailing:
+            self._trails[which].append((module, tensor_norms([tensor])[0]))
+
+    def _gradient_hook(self, label: str, module: str, call: int) -> Callable[[Tensor], None]:
         def hook(gradient: Tensor) -> None:
-            if self.recording:
-                self._unseen(
-                    lambda: self._rows.add(
-                        label, "output_gradient", "backward", gradient.detach(), kind="module", call=call
-                    )
-                )
+            if self.active:
+                self._unseen(partial(self._measure_gradient, label, module, gradient.detach(), call))
 
         return hook
 
@@ -77,7 +109,7 @@ class _Hook:
         self._watch, self._name = watch, name
 
     def __call__(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        if self._watch is not None and self._watch.recording:
+        if self._watch is not None and self._watch.active:
             self._watch.record(self._name, output)
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> _Hook:
@@ -85,3 +117,20 @@ class _Hook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Hook, (None, self._name)
+
+
+class _InputHook:
+    """A forward pre-hook on the root module; inert in a copy."""
+
+    def __init__(self, watch: ModuleWatch | None) -> None:
+        self._watch = watch
+
+    def __call__(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._watch is not None and self._watch.active:
+            self._watch.record_inputs((*args, *kwargs.values()))
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> _InputHook:
+        return _InputHook(None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _InputHook, (None,)

@@ -55,6 +55,10 @@ class Sentinel:
 
     A hook after each gradient's accumulation asks autograd's engine for a callback at the end of that backward: this is
     where gradients are measured, before any clipping.  Nothing is transferred until `read`.
+
+    Attributes:
+        bad_before: parameters that were not finite when the sentinel was made.
+        num_backwards: how many backwards have ended in this step.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class Sentinel:
         self._unseen = unseen  # runs a function of ours so that a tracer does not take it for the step's
         self._on_backward, self._on_optimizer, self._after_optimizer = on_backward, on_optimizer, after_optimizer
         self._known_bad = set(self._bad_buffers())
+        self.bad_before = _bad(dict(zip(parameters, transfer(tensor_norms(parameters.values())), strict=True)))
         self._handles = [
             entry.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
             for entry in self._parameters.values()
@@ -86,7 +91,7 @@ class Sentinel:
     def begin(self) -> None:
         """A step starts."""
         self._queued = False
-        self._num_backwards = 0
+        self.num_backwards = 0
         self._stepped = False
         self._before: tuple[list[str], list[Tensor]] = ([], [])
         self._clipped: tuple[list[str], list[Tensor]] = ([], [])
@@ -122,7 +127,7 @@ class Sentinel:
             grad_norm=combine(before.values()) if before else math.nan,
             grad_norm_clipped=combine((clipped or before).values()) if before else math.nan,
             parameter_norm=combine(after.values()) if after else math.nan,
-            num_backwards=self._num_backwards,
+            num_backwards=self.num_backwards,
             stepped=self._stepped,
             bad_losses=_bad(seen),
             bad_gradients=_bad(before),
@@ -152,7 +157,7 @@ class Sentinel:
 
     def _backward_ended(self) -> None:
         self._queued = False
-        self._num_backwards += 1
+        self.num_backwards += 1
         self._unseen(self._measure_gradients)
         self._unseen(self._on_backward)
 

@@ -16,10 +16,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from stabilitykit.config import CADENCES, MonitorConfig
+from stabilitykit.monitor.runfile import RunFile
 from stabilitykit.record import Recorder
 from stabilitykit.record.ending import write_ending
 from stabilitykit.record.folder import replace_file
-from stabilitykit.runfile import RunFile
 from stabilitykit.schema import SCALAR_ROW, STEP_ROW, Diagnosis, Ending, Event
 from stabilitykit.watch.buffer import full_audit
 from stabilitykit.watch.sentinel import Reading

@@ -1,4 +1,4 @@
-"""attach() and the Monitor: where watching, recording and diagnosing meet, and all that a script calls."""
+"""The Monitor: what a training script calls, and the course of a step."""
 
 from __future__ import annotations
 
@@ -14,81 +14,28 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, ParamSpec, Self, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from stabilitykit.aftermath import Aftermath, new_run_dir
-from stabilitykit.config import ON_NONFINITE, MonitorConfig
+from stabilitykit.config import MonitorConfig
+from stabilitykit.diagnose.conclude import Context
+from stabilitykit.diagnose.hooks import Passed, Symptoms, by_hooks
 from stabilitykit.diagnose.retrace import Subject
-from stabilitykit.errors import NonFiniteError, UsageError
-from stabilitykit.history import History
-from stabilitykit.inquiry import Inquiry, Outcome, run_up_step
-from stabilitykit.ledger import Ledger
+from stabilitykit.errors import NonFiniteError
 from stabilitykit.measure.values import is_finite
+from stabilitykit.monitor.aftermath import Aftermath
+from stabilitykit.monitor.history import History
+from stabilitykit.monitor.inquiry import Inquiry, Outcome, run_up_step
+from stabilitykit.monitor.ledger import Ledger
+from stabilitykit.monitor.wording import later_fault, message, rolled_back, unused_gradients
 from stabilitykit.schema import Diagnosis, Event, RunUpStep
-from stabilitykit.snapshot import RandomStates, TrainingState, tensors_of
-from stabilitykit.watch.modules import ModuleWatch
-from stabilitykit.watch.parameters import ParameterWatch
-from stabilitykit.watch.rows import RowCollector
-from stabilitykit.watch.sentinel import Reading, Sentinel
+from stabilitykit.snapshot import RandomStates, TrainingState
+from stabilitykit.watch.sentinel import Reading
+from stabilitykit.watch.watch import Watch
 
 P = ParamSpec("P")
 R = TypeVar("R")
 OnNonFinite = Literal["raise", "skip", "rollback", "record"]
-
-
-def attach(
-    model: nn.Module,
-    optimizer: Optimizer | Sequence[Optimizer] | None = None,
-    run_dir: str | Path | None = None,
-    *,
-    config: MonitorConfig | str | None = None,
-    on_nonfinite: OnNonFinite = "raise",
-    scaler: Any = None,
-    stateful: Sequence[object] = (),
-    replay_buffer: object | None = None,
-) -> Monitor:
-    """Watch a training run from here on.
-
-    Args:
-        model: the network; hooks go onto it and come off at `close`.
-        optimizer: one, or a sequence of them.
-        run_dir: the run folder, made if need be; default `runs/<time>`.
-        config: a MonitorConfig or the name of a preset: light, default, full.
-        on_nonfinite: `raise` NonFiniteError with the verdict; `skip`: undo the step and go on; `rollback`: back to
-            the last
-            good snapshot and go on; `record`: diagnose and leave training exactly as it would have been.
-        scaler: a GradScaler, put back with the rest when a step is replayed.
-        stateful: further objects that a step changes, with `state_dict` and `load_state_dict`; also generators,
-            tensors.
-        replay_buffer: an object or mapping with tensors `examples, labels, logits`, audited and put back on replay.
-
-    Returns:
-        The Monitor; also a context manager that closes itself.
-
-    Raises:
-        UsageError: an argument that cannot be right.
-        RunFolderError: the run folder holds another run, or cannot be written.
-    """
-    if on_nonfinite not in ON_NONFINITE:
-        raise UsageError(f"attach: got on_nonfinite={on_nonfinite!r}, expected one of {', '.join(ON_NONFINITE)}")
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"attach: got a {type(model).__name__} as model, expected a torch.nn.Module")
-    optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer or ())
-    if wrong := [type(entry).__name__ for entry in optimizers if not isinstance(entry, Optimizer)]:
-        raise UsageError(f"attach: got {wrong[0]} as optimizer, expected a torch.optim.Optimizer or a sequence of them")
-    folder = Path(run_dir) if run_dir is not None else new_run_dir()
-    return Monitor(
-        model,
-        optimizers,
-        folder,
-        config=MonitorConfig.of(config),
-        on_nonfinite=on_nonfinite,
-        scaler=scaler,
-        stateful=stateful,
-        replay_buffer=replay_buffer,
-    )
 
 
 class Monitor:
@@ -121,31 +68,28 @@ class Monitor:
         self._ledger = Ledger(run_dir, model, config, replay_buffer)
         self._aftermath = Aftermath(run_dir, config)
         self._history = self._new_history()
-        rows = RowCollector(self._ledger.recorder)
-        self._sentinel = Sentinel(
+        self._watch = Watch(
             model,
             optimizers,
             self._parameters,
-            unseen=self._unseen,
-            on_backward=self._backward_ended,
-            on_optimizer=self._optimizer_starts,
-            after_optimizer=self._optimizer_ended,
+            self._ledger.recorder,
+            config,
+            on_error=self._ledger.own_error,
+            on_update=self._update_begins,
+            after_update=self._update_ended,
         )
-        self._modules = ModuleWatch(model, rows, self._unseen)
-        self._tensors = ParameterWatch(model, optimizers, self._parameters, rows, config)
-        self._rows = rows
         self._subject = Subject(model, optimizers, self._parameters, replay_buffer)
         self._constants = {n: b.detach().clone() for n, b in model.named_buffers() if not is_finite(b)}
         self._run_up: deque[RunUpStep] = deque(maxlen=config.run_up or None)
         self._diagnosis: Diagnosis | None = None
         self._step_index = 0
         self._mode: Literal["plain", "block", "replayable"] = "plain"
-        self._inside = self._closed = False
+        self._inside = self._closed = self._concluded = False
         self._losses: dict[str, Tensor | float] = {}
-        self._acquitted: set[str] = set()
         self._num_faults = self._num_consecutive = 0
         self._started = time.perf_counter()
         self._finalizer = weakref.finalize(self, _abandoned, self._ledger, self._aftermath)
+        self._begin_step()
 
     # What a training script calls.
 
@@ -175,8 +119,7 @@ class Monitor:
             yield
         finally:
             self._inside = False
-        reading = self._sentinel.read(self._losses)
-        self._finish(reading)
+        self._end_unwrapped()
 
     def log(self, *, task: int | None = None, epoch: int | None = None, **scalars: float | Tensor) -> None:
         """Record numbers of your own with the current step; `task` and `epoch` hold until they are set again."""
@@ -224,8 +167,7 @@ class Monitor:
             return
         self._closed = True
         self._finalizer.detach()
-        self._sentinel.close()
-        self._modules.close()
+        self._watch.close()
         self._history.forget()
         self._ledger.close(self._step_index - 1, error)
         self._aftermath.finish()
@@ -242,10 +184,9 @@ class Monitor:
 
     def _begin_step(self) -> None:
         self._losses.clear()
-        self._sentinel.begin()
+        self._concluded = False
         recording = self._ledger.begin_step(self._step_index)
-        self._modules.begin(recording=recording)
-        self._tensors.begin()
+        self._watch.begin(recording=recording, trailing=self._mode != "replayable")
         self._started = time.perf_counter()
 
     def _replayable_step(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -266,26 +207,19 @@ class Monitor:
         if raised is not None or reading.suspicious:
             return self._suspect(function, args, kwargs, reading, returned, raised)
         if reading.unused_gradients:
-            self._ledger.event(_unused(reading, scaled=self._scaler is not None))
+            self._ledger.event(unused_gradients(reading, scaled=self._scaler is not None))
         self._history.end(reading, seconds)
         self._finish(reading, seconds)
         return returned
 
     def _read(self, returned: Any) -> Reading:
-        losses: dict[str, Tensor | float] = {}
-        if isinstance(returned, float):
-            losses["loss"] = returned
-        for path, tensor in tensors_of(returned):
-            if tensor.numel() == 1 and tensor.is_floating_point() and path not in self._acquitted:
-                losses[f"loss{path}"] = tensor.detach().reshape(())
-        return self._sentinel.read(losses | self._losses)
+        return self._watch.read(returned, self._losses)
 
     def _finish(self, reading: Reading, seconds: float | None = None, *, skipped: bool = False) -> None:
         """Write the step's rows and go on to the next number."""
         started = time.perf_counter()
-        update = self._tensors.step_ended(reading.num_backwards) if self._modules.recording else math.nan
-        self._modules.recording = False
-        rows = self._rows.take()
+        update = self._watch.update_norm(max(reading.num_backwards - 1, 0))
+        rows = self._watch.take_rows()
         self._run_up.append(run_up_step(self._step_index, reading))
         self._ledger.end_step(
             self._step_index,
@@ -318,13 +252,15 @@ class Monitor:
             reading.suspicious or isinstance(raised, ArithmeticError | AssertionError | ValueError | RuntimeError)
         ):
             raise raised
+        if raised is None and self._num_faults >= self._config.replays:
+            return self._act_briefly(function, reading, returned)
         outcome = self._inquire(function, args, kwargs, reading)
         if outcome.diagnosis is None:
             self._state.restore(outcome.after)
             self._history.forget()
             if raised is not None:
                 raise raised
-            self._acquit(reading, returned)
+            self._watch.acquit(reading, returned)
             self._finish(reading)
             return returned
         self._conclude(outcome.diagnosis)
@@ -333,26 +269,30 @@ class Monitor:
     def _inquire(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], reading: Reading
     ) -> Outcome:
-        inquiry = Inquiry(
-            state=self._state,
-            history=self._history,
-            subject=self._subject,
-            constants=self._constants,
-            begin=self._begin_again,
-            read=self._read,
-        )
-        self.replaying = True
-        rows = self._rows.take()
-        self._modules.recording = False
-        try:
+        with self._looking_back() as inquiry:
             return inquiry.hold(function, args, kwargs, reading, self._facts)
+
+    @contextmanager
+    def _looking_back(self) -> Iterator[Inquiry]:
+        """Steps run in the block are replays: nothing of them is recorded."""
+        rows = self._watch.take_rows()
+        self.replaying = True
+        try:
+            yield Inquiry(
+                state=self._state,
+                history=self._history,
+                subject=self._subject,
+                constants=self._constants,
+                begin=self._begin_again,
+                read=self._read,
+            )
         finally:
             self.replaying = False
             self._ledger.keep(rows)
 
     def _begin_again(self) -> None:
         self._losses.clear()
-        self._sentinel.begin()
+        self._watch.begin_again()
 
     def _facts(self) -> Mapping[str, Any]:
         return {
@@ -362,19 +302,22 @@ class Monitor:
             "run_up": tuple(self._run_up),
         }
 
-    def _acquit(self, reading: Reading, returned: Any) -> None:
-        """What looked bad does no harm: do not look into it again."""
-        self._sentinel.accept_bad_buffers(reading.bad_buffers)
-        self._acquitted.update(
-            path
-            for path, tensor in tensors_of(returned)
-            if tensor.numel() == 1 and not tensor.requires_grad and not is_finite(tensor)
-        )
-
     def _conclude(self, diagnosis: Diagnosis) -> None:
         self._num_faults += 1
         self._diagnosis = self._diagnosis or diagnosis
         self._ledger.fault(self._step_index, diagnosis, self._num_faults)
+
+    def _act_briefly(self, function: Callable[..., Any], reading: Reading, returned: Any) -> Any:
+        """A fault after the first few: an event, and what `on_nonfinite` says, without another diagnosis."""
+        self._num_faults += 1
+        self._ledger.event(later_fault(reading))
+        if self._policy == "record":
+            self._history.end(reading, 0.0)
+            self._finish(reading)
+            return returned
+        with self._looking_back() as inquiry:
+            outcome = inquiry.undo(function, self._diagnosis)
+        return self._act(outcome, reading, returned, None)
 
     def _act(self, outcome: Outcome, reading: Reading, returned: Any, raised: Exception | None) -> Any:
         assert outcome.diagnosis is not None
@@ -393,7 +336,7 @@ class Monitor:
         self._state.restore(outcome.before)
         if self._policy == "rollback":
             back_to = self._history.roll_back()
-            self._ledger.event(_rolled_back(self._step_index, back_to))
+            self._ledger.event(rolled_back(self._step_index, back_to))
         streams.restore()  # else the same random draws would meet the same fate
         self._num_consecutive += 1
         self._finish(reading, skipped=True)
@@ -406,29 +349,52 @@ class Monitor:
         path = self._aftermath.render()
         return NonFiniteError(prefix + message(diagnosis, path), diagnosis, path)
 
-    # What the sentinel calls.
+    # What the watch calls.
 
-    def _unseen(self, measure: Callable[[], None]) -> None:
-        """Run a measurement of ours: not traced, never raising into training."""
-        try:
-            with torch.no_grad(), _without_modes():
-                measure()
-        except Exception as error:  # noqa: BLE001 - counted, said once, shown in the report
-            self._ledger.own_error(error)
+    def _update_begins(self, _optimizer: Optimizer) -> None:
+        if self._mode != "replayable":
+            self._judge_unwrapped(before_update=True)
 
-    def _backward_ended(self) -> None:
-        if self._modules.recording:
-            self._tensors.backward_ended(0)
-
-    def _optimizer_starts(self, _optimizer: Optimizer) -> None:
-        if self._modules.recording:
-            self._tensors.optimizer_starts(0)
-
-    def _optimizer_ended(self, optimizer: Optimizer) -> None:
-        """Plain attachment: the first optimizer's step ends the step."""
-        if self._mode == "plain" and optimizer is self._optimizers[0] and not self._inside:
-            self._finish(self._sentinel.read(self._losses))
+    def _update_ended(self, optimizer: Optimizer) -> None:
+        if self._mode == "plain" and optimizer is self._optimizers[0]:
+            self._end_unwrapped()
             self._begin_step()
+
+    # Without a replayable step.
+
+    def _end_unwrapped(self) -> None:
+        reading = self._judge_unwrapped(before_update=False)
+        self._finish(reading)
+
+    def _judge_unwrapped(self, *, before_update: bool) -> Reading:
+        """Judge what is known so far: before the update, where harm can still be kept off, and when the step ends."""
+        reading = self._read(None)
+        if not reading.suspicious or self._concluded:
+            return reading
+        self._concluded = True
+        diagnosis = by_hooks(self._symptoms(reading), Context(proof="hooks", **self._facts()))
+        self._conclude(diagnosis)
+        if self._policy == "raise":
+            self._finish(reading, skipped=True)
+            raise self._error(diagnosis)
+        if before_update and self._policy in ("skip", "rollback"):
+            for parameter in self._parameters.values():
+                parameter.grad = None  # an optimizer passes over parameters without a gradient
+        return reading
+
+    def _symptoms(self, reading: Reading) -> Symptoms:
+        inputs, outputs, gradients = ([Passed(*entry) for entry in trail] for trail in self._watch.trail())
+        return Symptoms(
+            inputs=inputs,
+            outputs=outputs,
+            output_gradients=gradients,
+            before=self._watch.bad_before,
+            losses=reading.bad_losses,
+            gradients=reading.bad_gradients,
+            clipped=reading.bad_clipped,
+            parameters=reading.bad_parameters,
+            buffers=reading.bad_buffers,
+        )
 
     def _new_history(self) -> History:
         config = self._config
@@ -441,39 +407,6 @@ class Monitor:
         )
 
 
-@contextmanager
-def _without_modes() -> Iterator[None]:
-    """Dispatch modes off: a tracer does not see what the observers do."""
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    with _disable_current_modes():
-        yield
-
-
-def message(diagnosis: Diagnosis, report: str) -> str:
-    """The text of NonFiniteError: the verdict and what to do about it."""
-    origin = diagnosis.origin
-    lines = [diagnosis.verdict]
-    lines += [f"  {origin.code}"] if origin.code else []
-    lines += [f"  given {entry.describe()}" for entry in diagnosis.inputs[:4]]
-    lines += [f"noticed in {diagnosis.noticed}; {_PROOF[origin.proof]}"] if diagnosis.noticed else []
-    if origin.samples:
-        shown = ", ".join(map(str, origin.samples[:8])) + (", ..." if len(origin.samples) > 8 else "")
-        lines.append(f"{diagnosis.samples_are}: {shown}")
-    lines += [f"cause: {diagnosis.cause}"] if diagnosis.cause else []
-    lines += [f"try: {remedy}" for remedy in diagnosis.remedies[:3]]
-    lines += [f"report: {report}"] if report else []
-    return "\n".join(lines)
-
-
-_PROOF: Mapping[str, str] = {
-    "replayed": "proved by a bit-identical replay of the step",
-    "replayed-differs": "from a replay that was not bit-identical: the step reads something that was not put back",
-    "hooks": "known from module hooks",
-    "record": "known from the record",
-}
-
-
 def _named_parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
     named: dict[str, Tensor] = dict(model.named_parameters())
     known = {id(entry) for entry in named.values()}
@@ -484,24 +417,6 @@ def _named_parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict
                     named[f"optimizer{which or ''}.group{group_index}[{position}]"] = entry
                     known.add(id(entry))
     return named
-
-
-def _unused(reading: Reading, *, scaled: bool) -> Event:
-    names = ", ".join(reading.bad_gradients[:3])
-    return Event(
-        kind="scaler_skip" if scaled else "unused_gradients",
-        message=f"gradients of {names} are not finite and no optimizer stepped: a step skipped by design, no fault",
-        severity="info",
-        subject=reading.bad_gradients[0],
-        data={"num_gradients": len(reading.bad_gradients)},
-    )
-
-
-def _rolled_back(step: int, back_to: int | None) -> Event:
-    text = (
-        f"back to the state at the start of step {back_to:,}" if back_to is not None else "no snapshot yet: step undone"
-    )
-    return Event(kind="rollback", message=text, severity="warning", data={"from_step": step, "to_step": back_to})
 
 
 def _abandoned(ledger: Ledger, aftermath: Aftermath) -> None:

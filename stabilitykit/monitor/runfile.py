@@ -54,8 +54,8 @@ class RunFile:
             ) from error
         if exists and not config.resume:
             raise RunFolderError(
-                f"run folder {folder}: holds the run of {facts.get('created', '?')}, expected a new folder; choose another "
-                "run_dir, or pass MonitorConfig(resume=True) to go on with that run"
+                f"run folder {folder}: holds the run of {facts.get('created', '?')}, expected a new one; "
+                "choose another run_dir, or pass MonitorConfig(resume=True) to go on with that run"
             )
         attempts = facts.setdefault("attempts", [])
         attempts.append(

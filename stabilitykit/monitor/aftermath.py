@@ -43,7 +43,7 @@ class Aftermath:
 
 def _run(module: str, *arguments: str) -> bool:
     """Run a module of ours in a child; False where it did not end well: the log is still there, and can be read."""
-    home = str(Path(__file__).parent.parent)
+    home = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH", ""))))
     try:
         done = subprocess.run(  # noqa: S603 - our own modules, no shell

@@ -14,8 +14,8 @@ from stabilitykit.diagnose.conclude import Context, conclude
 from stabilitykit.diagnose.graph import Leaf
 from stabilitykit.diagnose.retrace import Subject, batch_name, retrace
 from stabilitykit.diagnose.walk import find_origin
-from stabilitykit.history import History, PastStep, Step
 from stabilitykit.measure.values import is_finite
+from stabilitykit.monitor.history import History, PastStep, Step
 from stabilitykit.schema import Diagnosis, Proof, RunUpStep
 from stabilitykit.snapshot import Snapshot, TrainingState, tensors_of
 from stabilitykit.watch.sentinel import Reading
@@ -82,6 +82,12 @@ class Inquiry:
             **facts(),
         )
         return Outcome(conclude(finding, context), before, after)
+
+    def undo(self, step: Step, known: Diagnosis | None) -> Outcome:
+        """Go back to the start of the step that has just run, without a trace; `known` is handed on."""
+        after = self.state.capture()
+        self.history.rewind(lambda past: self._rerun(step, past))
+        return Outcome(known, self.state.capture(), after)
 
     def _rerun(self, step: Step, past: PastStep) -> Reading:
         self.begin()

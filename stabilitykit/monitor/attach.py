@@ -1,0 +1,68 @@
+"""attach(): the arguments checked once, then a Monitor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from stabilitykit.config import ON_NONFINITE, MonitorConfig
+from stabilitykit.errors import UsageError
+from stabilitykit.monitor.aftermath import new_run_dir
+from stabilitykit.monitor.monitor import Monitor, OnNonFinite
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    run_dir: str | Path | None = None,
+    *,
+    config: MonitorConfig | str | None = None,
+    on_nonfinite: OnNonFinite = "raise",
+    scaler: Any = None,
+    stateful: Sequence[object] = (),
+    replay_buffer: object | None = None,
+) -> Monitor:
+    """Watch a training run from here on.
+
+    Args:
+        model: the network; hooks go onto it and come off at `close`.
+        optimizer: one, or a sequence of them.
+        run_dir: the run folder, made if need be; default `runs/<time>`.
+        config: a MonitorConfig or the name of a preset: light, default, full.
+        on_nonfinite: `raise` NonFiniteError with the verdict; `skip`: undo the step and go on; `rollback`: back to
+            the last
+            good snapshot and go on; `record`: diagnose and leave training exactly as it would have been.
+        scaler: a GradScaler, put back with the rest when a step is replayed.
+        stateful: further objects that a step changes, with `state_dict` and `load_state_dict`; also generators,
+            tensors.
+        replay_buffer: an object or mapping with tensors `examples, labels, logits`, audited and put back on replay.
+
+    Returns:
+        The Monitor; also a context manager that closes itself.
+
+    Raises:
+        UsageError: an argument that cannot be right.
+        RunFolderError: the run folder holds another run, or cannot be written.
+    """
+    if on_nonfinite not in ON_NONFINITE:
+        raise UsageError(f"attach: got on_nonfinite={on_nonfinite!r}, expected one of {', '.join(ON_NONFINITE)}")
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"attach: got a {type(model).__name__} as model, expected a torch.nn.Module")
+    optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer or ())
+    if wrong := [type(entry).__name__ for entry in optimizers if not isinstance(entry, Optimizer)]:
+        raise UsageError(f"attach: got {wrong[0]} as optimizer, expected a torch.optim.Optimizer or a sequence of them")
+    folder = Path(run_dir) if run_dir is not None else new_run_dir()
+    return Monitor(
+        model,
+        optimizers,
+        folder,
+        config=MonitorConfig.of(config),
+        on_nonfinite=on_nonfinite,
+        scaler=scaler,
+        stateful=stateful,
+        replay_buffer=replay_buffer,
+    )

@@ -1,0 +1,61 @@
+"""What the monitor says: the text of NonFiniteError, and its events."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from stabilitykit.schema import Diagnosis, Event
+from stabilitykit.watch.sentinel import Reading
+
+
+def message(diagnosis: Diagnosis, report: str) -> str:
+    """The text of NonFiniteError: the verdict and what to do about it."""
+    origin = diagnosis.origin
+    lines = [diagnosis.verdict]
+    lines += [f"  {origin.code}"] if origin.code else []
+    lines += [f"  given {entry.describe()}" for entry in diagnosis.inputs[:4]]
+    lines += [f"noticed in {diagnosis.noticed}; {PROOF[origin.proof]}"] if diagnosis.noticed else []
+    if origin.samples:
+        shown = ", ".join(map(str, origin.samples[:8])) + (", ..." if len(origin.samples) > 8 else "")
+        lines.append(f"{diagnosis.samples_are}: {shown}")
+    lines += [f"cause: {diagnosis.cause}"] if diagnosis.cause else []
+    lines += [f"try: {remedy}" for remedy in diagnosis.remedies[:3]]
+    lines += [f"report: {report}"] if report else []
+    return "\n".join(lines)
+
+
+PROOF: Mapping[str, str] = {
+    "replayed": "proved by a bit-identical replay of the step",
+    "replayed-differs": "from a replay that was not bit-identical: the step reads something that was not put back",
+    "hooks": "known from module hooks",
+    "record": "known from the record",
+}
+
+
+def later_fault(reading: Reading) -> Event:
+    """A fault after those that are replayed in full."""
+    bad = (*reading.bad_losses, *reading.bad_gradients, *reading.bad_parameters, *reading.bad_buffers)
+    names = ", ".join(bad[:3])
+    return Event(
+        kind="nonfinite", severity="error", subject=bad[0] if bad else "", message=f"not finite again: {names}"
+    )
+
+
+def unused_gradients(reading: Reading, *, scaled: bool) -> Event:
+    """Bad gradients that no optimizer used."""
+    names = ", ".join(reading.bad_gradients[:3])
+    return Event(
+        kind="scaler_skip" if scaled else "unused_gradients",
+        message=f"gradients of {names} are not finite and no optimizer stepped: a step skipped by design, no fault",
+        severity="info",
+        subject=reading.bad_gradients[0],
+        data={"num_gradients": len(reading.bad_gradients)},
+    )
+
+
+def rolled_back(step: int, back_to: int | None) -> Event:
+    """The state of an earlier step is back."""
+    text = (
+        f"back to the state at the start of step {back_to:,}" if back_to is not None else "no snapshot yet: step undone"
+    )
+    return Event(kind="rollback", message=text, severity="warning", data={"from_step": step, "to_step": back_to})

@@ -1,0 +1,141 @@
+"""All watchers of a run behind one face: hooks on modules, parameters and optimizers, the sentinel, the rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import _disable_current_modes
+
+from stabilitykit.config import MonitorConfig
+from stabilitykit.errors import NonFiniteError
+from stabilitykit.measure.values import is_finite
+from stabilitykit.snapshot import tensors_of
+from stabilitykit.watch.modules import ModuleWatch
+from stabilitykit.watch.parameters import ParameterWatch
+from stabilitykit.watch.rows import Names, RowCollector
+from stabilitykit.watch.sentinel import Reading, Sentinel
+
+
+class Watch:
+    """Hooks go on when it is made and come off at `close`; in between it answers for one step at a time.
+
+    Args:
+        model, optimizers, parameters: what is watched.
+        names: hands out tensor ids.
+        config: what is recorded.
+        on_error: told of an exception in a measurement; training never sees it.
+        on_update: told that an optimizer is about to step.
+        after_update: told that it has.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        parameters: Mapping[str, Tensor],
+        names: Names,
+        config: MonitorConfig,
+        *,
+        on_error: Callable[[Exception], None],
+        on_update: Callable[[Optimizer], None],
+        after_update: Callable[[Optimizer], None],
+    ) -> None:
+        self._on_error, self._on_update = on_error, on_update
+        self._rows = RowCollector(names)
+        self._tensors = ParameterWatch(model, optimizers, parameters, self._rows, config)
+        self._modules = ModuleWatch(model, self._rows, self._unseen)
+        self._sentinel = Sentinel(
+            model,
+            optimizers,
+            parameters,
+            unseen=self._unseen,
+            on_backward=self._backward_ended,
+            on_optimizer=self._update_begins,
+            after_optimizer=after_update,
+        )
+        self._acquitted: set[str] = set()
+
+    @property
+    def bad_before(self) -> Sequence[str]:
+        """Parameters that were not finite when the watch was made."""
+        return self._sentinel.bad_before
+
+    def begin(self, *, recording: bool, trailing: bool) -> None:
+        """A step starts; see `ModuleWatch.begin`."""
+        self._sentinel.begin()
+        self._modules.begin(recording=recording, trailing=trailing)
+        self._tensors.begin()
+
+    def begin_again(self) -> None:
+        """A step is run again: judged as the first time, not recorded."""
+        self._modules.recording = False
+        self._sentinel.begin()
+
+    def read(self, returned: Any, terms: Mapping[str, Tensor | float]) -> Reading:
+        """Judge the step: what it returned, the loss terms that were logged, gradients, parameters, module buffers."""
+        losses: dict[str, Tensor | float] = {"loss": returned} if isinstance(returned, float) else {}
+        for path, tensor in tensors_of(returned):
+            if tensor.numel() == 1 and tensor.is_floating_point() and path not in self._acquitted:
+                losses[f"loss{path}"] = tensor.detach().reshape(())
+        return self._sentinel.read(losses | dict(terms))
+
+    def acquit(self, reading: Reading, returned: Any) -> None:
+        """What looked bad does no harm (a metric of 0 / 0): do not look into it again."""
+        self._sentinel.accept_bad_buffers(reading.bad_buffers)
+        for path, tensor in tensors_of(returned):
+            if tensor.numel() == 1 and not tensor.requires_grad and not is_finite(tensor):
+                self._acquitted.add(path)
+
+    def update_norm(self, micro: int) -> float:
+        """Measure parameters and updates on a recorded step; the L2 norm of the update, nan on any other."""
+        if not self._modules.recording:
+            return math.nan
+        self._modules.recording = False
+        with torch.no_grad():
+            return self._tensors.step_ended(micro)
+
+    def take_rows(self) -> np.ndarray[Any, np.dtype[np.void]] | None:
+        """The rows measured since the last call."""
+        return self._rows.take()
+
+    def trail(self) -> tuple[list[tuple[str, float]], ...]:
+        """See `ModuleWatch.trail`."""
+        return self._modules.trail()
+
+    def close(self) -> None:
+        """Take every hook off."""
+        self._sentinel.close()
+        self._modules.close()
+
+    def _unseen(self, measure: Callable[[], None]) -> None:
+        """Run a measurement: not traced, never raising into training, but for a verdict."""
+        try:
+            with torch.no_grad(), _modes_off():
+                measure()
+        except NonFiniteError:
+            raise
+        except Exception as error:  # noqa: BLE001 - counted, said once, shown in the report
+            self._on_error(error)
+
+    def _backward_ended(self) -> None:
+        if self._modules.recording:
+            self._tensors.backward_ended(self._sentinel.num_backwards - 1)
+
+    def _update_begins(self, optimizer: Optimizer) -> None:
+        if self._modules.recording:
+            self._tensors.optimizer_starts(self._sentinel.num_backwards - 1)
+        self._on_update(optimizer)
+
+
+@contextmanager
+def _modes_off() -> Iterator[None]:
+    """Dispatch modes off: a tracer does not see what the observers do."""
+    with _disable_current_modes():
+        yield
