@@ -266,14 +266,27 @@ class Diagnosis:
 
 
 def verdict(origin: Origin, task: int | None = None) -> str:
-    """The sentence every output opens with."""
-    what = "NaN" if origin.kind == "nan" else "Inf"
-    where = [f"`{origin.op}`" if origin.op else "", f"in module `{origin.module}`" if origin.module else ""]
-    if origin.tensor:
-        where.append(f"({origin.tensor})")
-    place = f" at {origin.file}:{origin.line}" if origin.file and origin.line else ""
+    """The sentence every output opens with: step, task, phase, what, where."""
     head = f"step {origin.step:,}" + (f", task {task}" if task is not None else "")
-    return f"{head}: first {what} in phase {origin.phase}: " + " ".join(part for part in where if part) + place
+    what = "NaN" if origin.kind == "nan" else "Inf"
+    place = f" at {origin.file}:{origin.line}" if origin.file and origin.line else ""
+    return f"{head}: first {what} in the {origin.phase} phase: {_where(origin)}{place}"
+
+
+def _where(origin: Origin) -> str:
+    if not origin.op:
+        held = {
+            "data": "the batch already held it",
+            "buffer": "a replayed sample already held it",
+            "weights": "the parameter already held it when the step began",
+            "state": "the module's buffer already held it when the step began",
+        }.get(origin.phase, f"module `{origin.module}`" if origin.module else "outside any module")
+        return held + (f" (`{origin.tensor}`)" if origin.tensor else "")
+    verb = {"backward": "the derivative of ", "optimizer": "the update's ", "clip": "the clipping's "}
+    module = f" in module `{origin.module}`" if origin.module else ""
+    about = {"backward": "gradient of ", "clip": "gradient of ", "optimizer": "parameter ", "state": "buffer "}
+    tensor = f" ({about.get(origin.phase, '')}`{origin.tensor}`)" if origin.tensor else ""
+    return f"{verb.get(origin.phase, '')}`{origin.op}`{module}{tensor}"
 
 
 def plain(value: Any) -> Any:

@@ -43,8 +43,8 @@ class Inquiry:
 
     Attributes:
         constants: copies of the module buffers that were non-finite when the monitor was attached.
-        read: reads the sentinel after a re-run, given what the step returned.
-        begin: tells sentinel and tracer that a re-run starts.
+        read: judges a re-run, given the step's number and what it returned.
+        begin: tells the watch that a step is about to be run again.
     """
 
     state: TrainingState
@@ -52,7 +52,7 @@ class Inquiry:
     subject: Subject
     constants: Mapping[str, Tensor]
     begin: Callable[[], None]
-    read: Callable[[Any], Reading]
+    read: Callable[[int, Any], Reading]
 
     def hold(
         self,
@@ -69,7 +69,7 @@ class Inquiry:
         before = self.state.capture()
         self.begin()
         retraced = retrace(self.subject, step, args, kwargs)
-        again = self.read(retraced.returned)
+        again = self.read(self.history.recent()[-1].index, retraced.returned)
         proof: Proof = "replayed" if exact and reading.same_step(again) else "replayed-differs"
         finding = find_origin(retraced.trace.symptoms, self._intended(constants))
         if finding is None:
@@ -92,7 +92,7 @@ class Inquiry:
     def _rerun(self, step: Step, past: PastStep) -> Reading:
         self.begin()
         returned = step(*past.args, **past.kwargs)
-        return self.read(returned)
+        return self.read(past.index, returned)
 
     def _intended(self, constants: set[str]) -> Callable[[Leaf], bool]:
         """Whether a leaf is non-finite on purpose: a mask or literal of Inf alone, or a marker earlier batches had."""

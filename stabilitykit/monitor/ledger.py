@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class Ledger:
         self._scalars: dict[str, float | Tensor] = {}
         self._events: list[Event] = []
         self._kept: Rows | None = None
+        self._recorded: deque[int] = deque(maxlen=2 * CADENCES[-1])
         self._loss_terms: list[str] = []
         self._pid = os.getpid()
         self._last_step = -1
@@ -94,9 +96,12 @@ class Ledger:
         where = traceback.format_tb(error.__traceback__)[-1] if error.__traceback__ else ""
         self.event(Event(kind="own_error", severity="warning", message=text, data={"where": where}))
 
-    def keep(self, rows: Rows | None) -> None:
-        """Rows measured before an inquiry, to be written when the step ends."""
-        self._kept = rows
+    def keep_dense(self, step: int, rows: Mapping[int, Rows | None]) -> None:
+        """Rows of steps that were run again: new ones go to the log, the current step's wait for its end."""
+        self._kept = rows.get(step)
+        for earlier in sorted(set(rows) - {step} - set(self._recorded)):
+            self.recorder.write(earlier, tensors=rows[earlier])
+            self._recorded.append(earlier)
 
     def end_step(
         self,
@@ -139,6 +144,8 @@ class Ledger:
         scalars = self._scalar_rows(reading, learning_rates)
         events, self._events = self._events, []
         rows = tensors if kept is None else kept
+        if rows is not None:
+            self._recorded.append(step)
         self.recorder.write(step, steps=row, tensors=rows, scalars=scalars, buffer=buffer, events=events)
         self._seconds.end(seconds)
 

@@ -10,6 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, ParamSpec, Self, TypeVar
@@ -26,7 +27,7 @@ from stabilitykit.measure.values import is_finite
 from stabilitykit.monitor.aftermath import Aftermath
 from stabilitykit.monitor.history import History
 from stabilitykit.monitor.inquiry import Inquiry, Outcome, run_up_step
-from stabilitykit.monitor.ledger import Ledger
+from stabilitykit.monitor.ledger import Ledger, Rows
 from stabilitykit.monitor.wording import later_fault, message, rolled_back, unused_gradients
 from stabilitykit.schema import Diagnosis, Event, RunUpStep
 from stabilitykit.snapshot import RandomStates, TrainingState
@@ -274,8 +275,8 @@ class Monitor:
 
     @contextmanager
     def _looking_back(self) -> Iterator[Inquiry]:
-        """Steps run in the block are replays: nothing of them is recorded."""
-        rows = self._watch.take_rows()
+        """Steps run in the block are replays: their tensors are recorded in full where they were not the first time."""
+        rows = {self._step_index: self._watch.take_rows()}
         self.replaying = True
         try:
             yield Inquiry(
@@ -284,15 +285,21 @@ class Monitor:
                 subject=self._subject,
                 constants=self._constants,
                 begin=self._begin_again,
-                read=self._read,
+                read=partial(self._read_again, rows),
             )
         finally:
             self.replaying = False
-            self._ledger.keep(rows)
+            self._ledger.keep_dense(self._step_index, rows)
 
     def _begin_again(self) -> None:
         self._losses.clear()
         self._watch.begin_again()
+
+    def _read_again(self, rows: dict[int, Rows | None], index: int, returned: Any) -> Reading:
+        reading = self._read(returned)
+        self._watch.update_norm(max(reading.num_backwards - 1, 0))
+        rows[index] = self._watch.take_rows()
+        return reading
 
     def _facts(self) -> Mapping[str, Any]:
         return {

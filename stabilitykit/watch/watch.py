@@ -74,9 +74,8 @@ class Watch:
         self._tensors.begin()
 
     def begin_again(self) -> None:
-        """A step is run again: judged as the first time, not recorded."""
-        self._modules.recording = False
-        self._sentinel.begin()
+        """A step is run again: judged as the first time, and recorded in full."""
+        self.begin(recording=True, trailing=False)
 
     def read(self, returned: Any, terms: Mapping[str, Tensor | float]) -> Reading:
         """Judge the step: what it returned, the loss terms that were logged, gradients, parameters, module buffers."""
