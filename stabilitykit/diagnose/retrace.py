@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from stabilitykit.diagnose.graph import Symptom, Trace
 from stabilitykit.diagnose.trace import Labels, Tracer, watching_backward
+from stabilitykit.measure.values import is_finite
 from stabilitykit.snapshot import BUFFER_FIELDS, tensors_of
 
 
@@ -38,15 +39,23 @@ class Retraced:
     buffers_before: Mapping[str, bool]  # module buffers and whether they were finite when the step began
 
 
-def retrace(subject: Subject, step: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Retraced:
+def retrace(
+    subject: Subject,
+    step: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    unused_gradients: bool = False,
+) -> Retraced:
     """Run `step(*args, **kwargs)` under the tracer and notice what it leaves non-finite.
 
-    The caller has put the state back and puts it where it belongs afterwards.
+    The caller has put the state back and puts it where it belongs afterwards.  Bad gradients of a step in which no
+    optimizer stepped (a scaler's skip) are no symptom, unless `unused_gradients` asks for them.
     """
     labels = _label(subject, args, kwargs)
     names = {id(module): name for name, module in subject.model.named_modules()}
     tracer = Tracer(labels, names, subject.parameters)
-    finite_before = {name: _finite(buffer) for name, buffer in subject.model.named_buffers()}
+    finite_before = {name: is_finite(buffer) for name, buffer in subject.model.named_buffers()}
     returned, error, stepped = None, None, [False]
     with _plugged(tracer, subject, stepped), torch.compiler.set_stance("force_eager"):
         try:
@@ -54,14 +63,8 @@ def retrace(subject: Subject, step: Callable[..., Any], args: tuple[Any, ...], k
                 returned = step(*args, **kwargs)
         except Exception as raised:  # noqa: BLE001 - the step's own error, handed to the caller
             error = raised
-    _notice_ends(tracer, subject, returned, error, stepped[0], finite_before)
+    _notice_ends(tracer, subject, returned, error, stepped[0] or unused_gradients, finite_before)
     return Retraced(tracer.result(), returned, error, stepped[0], finite_before)
-
-
-def _finite(tensor: Tensor) -> bool:
-    from stabilitykit.measure.values import is_finite
-
-    return is_finite(tensor)
 
 
 def _label(subject: Subject, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Labels:
@@ -127,7 +130,7 @@ def _notice_ends(
     finite_before: Mapping[str, bool],
 ) -> None:
     """What can only be seen when the step is over."""
-    if not stepped:  # a scaler's skip, or the caller's own: gradients that nobody used are no symptom
+    if not stepped:
         tracer.symptoms = [entry for entry in tracer.symptoms if not entry.role.startswith("gradient")]
     for _, tensor in tensors_of(returned):
         if tensor.requires_grad:

@@ -16,9 +16,32 @@ from stabilitykit.diagnose.retrace import Subject, batch_name, retrace
 from stabilitykit.diagnose.walk import find_origin
 from stabilitykit.measure.values import is_finite
 from stabilitykit.monitor.history import History, PastStep, Step
-from stabilitykit.schema import Diagnosis, Proof, RunUpStep
+from stabilitykit.schema import Diagnosis, RunUpStep
 from stabilitykit.snapshot import Snapshot, TrainingState, tensors_of
 from stabilitykit.watch.sentinel import Reading
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A step that has just run: the call, what the sentinel read, what it returned or raised."""
+
+    function: Step
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    reading: Reading
+    returned: Any
+    raised: Exception | None
+
+    @property
+    def may_be_numerical(self) -> bool:
+        """Whether it raised what code raises that met a NaN: an assertion, a check of a distribution's arguments."""
+        return isinstance(self.raised, ArithmeticError | AssertionError | ValueError | RuntimeError)
+
+    def outcome(self) -> Any:
+        """Return or raise as the step did."""
+        if self.raised is not None:
+            raise self.raised
+        return self.returned
 
 
 @dataclass(frozen=True)
@@ -26,15 +49,16 @@ class Outcome:
     """What an inquiry found, and the states to go on from.
 
     Attributes:
-        diagnosis: None where the suspicion was unfounded: what looked bad reaches neither loss, gradients nor
-            parameters.
+        diagnosis: None where the suspicion was unfounded: nothing bad reaches loss, gradients or parameters.
         before: the state at the start of the step.
         after: the state as the first run of the step left it.
+        failure: why the step could not be run again; `before` is then `after`.
     """
 
     diagnosis: Diagnosis | None
     before: Snapshot
     after: Snapshot
+    failure: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -54,28 +78,29 @@ class Inquiry:
     begin: Callable[[], None]
     read: Callable[[int, Any], Reading]
 
-    def hold(
-        self,
-        step: Step,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        reading: Reading,
-        facts: Callable[[], Mapping[str, Any]],
-    ) -> Outcome:
-        """Look into the step that has just run; the state is left as the re-run left it: the caller restores one."""
+    def hold(self, ran: Ran, facts: Callable[[], Mapping[str, Any]], *, unused: bool = False) -> Outcome:
+        """Look into the step that has just run.  The state is left anywhere: the caller restores one of the two.
+
+        Args:
+            ran: the step.
+            facts: the monitor's part of the diagnosis' context.
+            unused: bad gradients count although no optimizer stepped.
+        """
         constants = self._unchanged_constants()
         after = self.state.capture()
-        exact = self.history.rewind(lambda past: self._rerun(step, past))
-        before = self.state.capture()
-        self.begin()
-        retraced = retrace(self.subject, step, args, kwargs)
-        again = self.read(self.history.recent()[-1].index, retraced.returned)
-        proof: Proof = "replayed" if exact and reading.same_step(again) else "replayed-differs"
-        finding = find_origin(retraced.trace.symptoms, self._intended(constants))
+        try:
+            exact = self.history.rewind(lambda past: self._rerun(ran.function, past))
+            before = self.state.capture()
+            self.begin()
+            retraced = retrace(self.subject, ran.function, ran.args, ran.kwargs, unused_gradients=unused)
+            again = self.read(self.history.recent()[-1].index, retraced.returned)
+            finding = find_origin(retraced.trace.symptoms, self._intended(constants))
+        except Exception as error:  # noqa: BLE001 - ours or the step's, on its second run: training goes on
+            return Outcome(None, after, after, error)
         if finding is None:
             return Outcome(None, before, after)
         context = Context(
-            proof=proof,
+            proof="replayed" if exact and ran.reading.same_step(again) else "replayed-differs",
             batch_size=retraced.trace.batch_size,
             hyperparameters=self._hyperparameters(),
             optimizer=", ".join(type(entry).__name__ for entry in self.subject.optimizers),
@@ -83,11 +108,14 @@ class Inquiry:
         )
         return Outcome(conclude(finding, context), before, after)
 
-    def undo(self, step: Step, known: Diagnosis | None) -> Outcome:
-        """Go back to the start of the step that has just run, without a trace; `known` is handed on."""
+    def undo(self, ran: Ran) -> Outcome:
+        """Go back to the start of the step that has just run, without a trace."""
         after = self.state.capture()
-        self.history.rewind(lambda past: self._rerun(step, past))
-        return Outcome(known, self.state.capture(), after)
+        try:
+            self.history.rewind(lambda past: self._rerun(ran.function, past))
+        except Exception as error:  # noqa: BLE001 - see `hold`
+            return Outcome(None, after, after, error)
+        return Outcome(None, self.state.capture(), after)
 
     def _rerun(self, step: Step, past: PastStep) -> Reading:
         self.begin()

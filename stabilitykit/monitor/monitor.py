@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Literal, ParamSpec, Self, TypeVar
 
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from stabilitykit.config import MonitorConfig
@@ -25,8 +26,8 @@ from stabilitykit.diagnose.retrace import Subject
 from stabilitykit.errors import NonFiniteError
 from stabilitykit.measure.values import is_finite
 from stabilitykit.monitor.aftermath import Aftermath
-from stabilitykit.monitor.history import History
-from stabilitykit.monitor.inquiry import Inquiry, Outcome, run_up_step
+from stabilitykit.monitor.history import History, Step
+from stabilitykit.monitor.inquiry import Inquiry, Outcome, Ran, run_up_step
 from stabilitykit.monitor.ledger import Ledger, Rows
 from stabilitykit.monitor.wording import later_fault, message, rolled_back, unused_gradients
 from stabilitykit.schema import Diagnosis, Event, RunUpStep
@@ -62,7 +63,8 @@ class Monitor:
         self.run_dir = run_dir
         self.replaying = False
         self._config, self._policy = config, on_nonfinite
-        self._model, self._optimizers, self._scaler = model, tuple(optimizers), scaler
+        self._optimizers = tuple(optimizers)
+        self._scaler = scaler or next((entry for entry in stateful if isinstance(entry, GradScaler)), None)
         self._parameters = _named_parameters(model, optimizers)
         extras = [entry for entry in (*stateful, scaler, replay_buffer) if entry is not None]
         self._state = TrainingState(model, optimizers, extras)
@@ -87,7 +89,8 @@ class Monitor:
         self._mode: Literal["plain", "block", "replayable"] = "plain"
         self._inside = self._closed = self._concluded = False
         self._losses: dict[str, Tensor | float] = {}
-        self._num_faults = self._num_consecutive = 0
+        self._num_faults = self._num_consecutive = self._num_looks = 0
+        self._pending: Diagnosis | None = None  # of gradients that no optimizer has used yet
         self._started = time.perf_counter()
         self._finalizer = weakref.finalize(self, _abandoned, self._ledger, self._aftermath)
         self._begin_step()
@@ -190,9 +193,9 @@ class Monitor:
         self._watch.begin(recording=recording, trailing=self._mode != "replayable")
         self._started = time.perf_counter()
 
-    def _replayable_step(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _replayable_step(self, function: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entered = time.perf_counter()
-        self._history.begin(self._step_index, args, kwargs)
+        replayable = self._remember(args, kwargs)
         self._begin_step()
         self._ledger.cost(self._started - entered)
         self._inside = True
@@ -204,14 +207,24 @@ class Monitor:
         finally:
             self._inside = False
         seconds = time.perf_counter() - self._started
-        reading = self._read(returned)
-        if raised is not None or reading.suspicious:
-            return self._suspect(function, args, kwargs, reading, returned, raised)
-        if reading.unused_gradients:
-            self._ledger.event(unused_gradients(reading, scaled=self._scaler is not None))
-        self._history.end(reading, seconds)
-        self._finish(reading, seconds)
-        return returned
+        ran = Ran(function, args, kwargs, self._read(returned), returned, raised)
+        if replayable and (ran.reading.suspicious or ran.may_be_numerical):
+            return self._suspect(ran)
+        if replayable and ran.reading.unused_gradients:
+            self._note_unused(ran)
+        self._history.end(ran.reading, seconds)
+        self._finish(ran.reading, seconds)
+        return ran.outcome()
+
+    def _remember(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Hold what a replay would need; False where the state cannot be captured: the step then runs all the same."""
+        try:
+            self._history.begin(self._step_index, args, kwargs)
+        except Exception as error:  # noqa: BLE001 - a stateful object of the caller's; training goes on
+            self._ledger.own_error(error)
+            self._history.forget()
+            return False
+        return True
 
     def _read(self, returned: Any) -> Reading:
         return self._watch.read(returned, self._losses)
@@ -235,43 +248,49 @@ class Monitor:
         self._ledger.cost(time.perf_counter() - started)
         if not skipped:
             self._num_consecutive = 0
+        if not reading.bad_gradients:
+            self._pending = None
         self._step_index += 1
 
     # A suspicion.
 
-    def _suspect(
-        self,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        reading: Reading,
-        returned: Any,
-        raised: Exception | None,
-    ) -> Any:
+    def _suspect(self, ran: Ran) -> Any:
         """Something looks non-finite, or the step raised: find out, then do what `on_nonfinite` says."""
-        if raised is not None and not (
-            reading.suspicious or isinstance(raised, ArithmeticError | AssertionError | ValueError | RuntimeError)
-        ):
-            raise raised
-        if raised is None and self._num_faults >= self._config.replays:
-            return self._act_briefly(function, reading, returned)
-        outcome = self._inquire(function, args, kwargs, reading)
-        if outcome.diagnosis is None:
+        if ran.raised is None and self._num_faults >= self._config.replays:
+            return self._act_briefly(ran)
+        with self._looking_back() as inquiry:
+            outcome = inquiry.hold(ran, self._facts)
+        if outcome.failure is not None:
+            self._ledger.own_error(outcome.failure)
+        diagnosis = outcome.diagnosis or self._without_replay(outcome, ran)
+        if diagnosis is None:
             self._state.restore(outcome.after)
             self._history.forget()
-            if raised is not None:
-                raise raised
-            self._watch.acquit(reading, returned)
-            self._finish(reading)
-            return returned
-        self._conclude(outcome.diagnosis)
-        return self._act(outcome, reading, returned, raised)
+            self._watch.acquit(ran.reading, ran.returned)
+            self._finish(ran.reading, skipped=ran.raised is not None)
+            return ran.outcome()
+        if self._pending is not None and not diagnosis.origin.op and diagnosis.origin.phase == "backward":
+            diagnosis = self._pending  # the gradient was bad when the step began: it went bad in an earlier one
+        self._conclude(diagnosis)
+        return self._act(outcome, diagnosis, ran)
 
-    def _inquire(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], reading: Reading
-    ) -> Outcome:
+    def _without_replay(self, outcome: Outcome, ran: Ran) -> Diagnosis | None:
+        """Where the replay itself failed: what the sentinel saw."""
+        if outcome.failure is None or not ran.reading.suspicious:
+            return None
+        return by_hooks(self._symptoms(ran.reading), Context(proof="record", **self._facts()))
+
+    def _note_unused(self, ran: Ran) -> None:
+        """Gradients are bad and no optimizer stepped: no fault, unless a later step of an accumulation uses them."""
+        self._ledger.event(unused_gradients(ran.reading, scaled=self._scaler is not None))
+        if self._scaler is not None or self._pending is not None or self._num_looks >= self._config.replays:
+            return
+        self._num_looks += 1
         with self._looking_back() as inquiry:
-            return inquiry.hold(function, args, kwargs, reading, self._facts)
+            outcome = inquiry.hold(ran, self._facts, unused=True)
+        self._state.restore(outcome.after)
+        self._history.forget()
+        self._pending = outcome.diagnosis
 
     @contextmanager
     def _looking_back(self) -> Iterator[Inquiry]:
@@ -314,41 +333,37 @@ class Monitor:
         self._diagnosis = self._diagnosis or diagnosis
         self._ledger.fault(self._step_index, diagnosis, self._num_faults)
 
-    def _act_briefly(self, function: Callable[..., Any], reading: Reading, returned: Any) -> Any:
+    def _act_briefly(self, ran: Ran) -> Any:
         """A fault after the first few: an event, and what `on_nonfinite` says, without another diagnosis."""
         self._num_faults += 1
-        self._ledger.event(later_fault(reading))
-        if self._policy == "record":
-            self._history.end(reading, 0.0)
-            self._finish(reading)
-            return returned
+        self._ledger.event(later_fault(ran.reading))
+        if self._policy == "record" or self._diagnosis is None:
+            self._history.end(ran.reading, 0.0)
+            self._finish(ran.reading)
+            return ran.returned
         with self._looking_back() as inquiry:
-            outcome = inquiry.undo(function, self._diagnosis)
-        return self._act(outcome, reading, returned, None)
+            outcome = inquiry.undo(ran)
+        return self._act(outcome, self._diagnosis, ran)
 
-    def _act(self, outcome: Outcome, reading: Reading, returned: Any, raised: Exception | None) -> Any:
-        assert outcome.diagnosis is not None
+    def _act(self, outcome: Outcome, diagnosis: Diagnosis, ran: Ran) -> Any:
         self._history.forget()
         if self._policy == "record":
             self._state.restore(outcome.after)
-            self._finish(reading)
-            if raised is not None:
-                raise raised
-            return returned
+            self._finish(ran.reading)
+            return ran.outcome()
         if self._policy == "raise":
             self._state.restore(outcome.before)
-            self._finish(reading, skipped=True)
-            raise self._error(outcome.diagnosis) from raised
+            self._finish(ran.reading, skipped=True)
+            raise self._error(diagnosis) from ran.raised
         streams = RandomStates.capture()
         self._state.restore(outcome.before)
         if self._policy == "rollback":
-            back_to = self._history.roll_back()
-            self._ledger.event(rolled_back(self._step_index, back_to))
+            self._ledger.event(rolled_back(self._step_index, self._history.roll_back()))
         streams.restore()  # else the same random draws would meet the same fate
         self._num_consecutive += 1
-        self._finish(reading, skipped=True)
+        self._finish(ran.reading, skipped=True)
         if self._num_consecutive >= self._config.max_consecutive_skips:
-            raise self._error(outcome.diagnosis, f"{self._num_consecutive} steps in a row were undone; ")
+            raise self._error(diagnosis, f"{self._num_consecutive} steps in a row were undone; ")
         return None
 
     def _error(self, diagnosis: Diagnosis, prefix: str = "") -> NonFiniteError:
