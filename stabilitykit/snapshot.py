@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,7 @@ class Snapshot:
 
     moment: Moment
     tensors: tuple[tuple[Tensor, Tensor], ...]  # live parameter or module buffer, its copy
+    buffers: tuple[tuple[nn.Module, str, Tensor], ...]  # which tensor each module's buffer was: code may assign anew
     gradients: tuple[tuple[Tensor, Tensor | None, Tensor | None], ...]  # parameter, live gradient, its copy
     optimizer_states: tuple[dict[Tensor, Any], ...]
     modes: tuple[tuple[nn.Module, bool], ...]
@@ -87,6 +88,7 @@ class TrainingState:
         self.modules = (model, *(entry for entry in stateful if isinstance(entry, nn.Module)))
         unique = {id(entry): entry for entry in stateful if not isinstance(entry, nn.Module)}
         self._extras = tuple(_Extra.of(entry) for entry in unique.values())
+        self._versioned: list[Tensor] = []
 
     def parameters(self) -> list[Tensor]:
         """All parameters: the modules' and the optimizers', each once, in a stable order."""
@@ -103,9 +105,17 @@ class TrainingState:
         """Copy the whole state; costs about one pass over parameters, gradients and optimizer state."""
         parameters = self.parameters()
         buffers = [entry for module in self.modules for entry in module.buffers()]
+        self._versioned = [*parameters, *buffers]
         return Snapshot(
             moment=self.moment(),
             tensors=tuple((entry, entry.detach().clone()) for entry in (*parameters, *buffers)),
+            buffers=tuple(
+                (owner, name, entry)
+                for module in self.modules
+                for owner in module.modules()
+                for name, entry in owner._buffers.items()
+                if entry is not None
+            ),
             gradients=tuple((entry, entry.grad, _clone(entry.grad)) for entry in parameters),
             optimizer_states=tuple(
                 {key: _clone_tree(value) for key, value in optimizer.state.items()} for optimizer in self.optimizers
@@ -116,6 +126,8 @@ class TrainingState:
 
     def restore(self, snapshot: Snapshot) -> None:
         """Put a captured state back, in place: no parameter, optimizer or module changes its identity."""
+        for owner, name, buffer in snapshot.buffers:
+            owner._buffers[name] = buffer
         with torch.no_grad():
             for live, held in snapshot.tensors:
                 live.copy_(held)
@@ -137,10 +149,9 @@ class TrainingState:
         moment.random.restore()
 
     def versions(self) -> tuple[int, int]:
-        """A fingerprint that changes when a captured tensor is written to: how many tensors, and their writes."""
-        tensors = [*self.parameters(), *(entry for module in self.modules for entry in module.buffers())]
-        tensors += [tensor for extra in self._extras for tensor in extra.tensors()]
-        return len(tensors), sum(entry._version for entry in tensors)
+        """A fingerprint that changes when a tensor of the last capture is written to, or one of a replay buffer."""
+        extras = [tensor for extra in self._extras for tensor in extra.tensors()]
+        return sum(entry._version for entry in self._versioned), sum(entry._version for entry in extras)
 
 
 @dataclass(frozen=True)
@@ -168,7 +179,7 @@ class _Extra:
         if self.protocol == "tensor":
             return self.target.detach().clone()
         if self.protocol == "buffer":
-            return {name: entry.clone() for name, entry in _buffer_tensors(self.target).items()}
+            return {name: (entry, entry.clone()) for name, entry in _buffer_tensors(self.target).items()}
         if self.protocol == "bit_generator":
             return copy.deepcopy(self.target.bit_generator.state)
         return copy.deepcopy(getattr(self.target, _PROTOCOLS[self.protocol][0])())
@@ -178,8 +189,8 @@ class _Extra:
             with torch.no_grad():
                 self.target.copy_(held)
         elif self.protocol == "buffer":
-            for name, tensor in _buffer_tensors(self.target).items():
-                tensor.copy_(held[name])
+            for name, (tensor, copied) in held.items():
+                _assign(self.target, name, tensor.copy_(copied))
         elif self.protocol == "bit_generator":
             self.target.bit_generator.state = copy.deepcopy(held)
         else:
@@ -203,6 +214,13 @@ def _buffer_tensors(target: object) -> dict[str, Tensor]:
         name: target.get(name) if isinstance(target, Mapping) else getattr(target, name, None) for name in BUFFER_FIELDS
     }
     return {name: entry for name, entry in found.items() if isinstance(entry, Tensor)}
+
+
+def _assign(target: Any, name: str, tensor: Tensor) -> None:
+    if isinstance(target, MutableMapping):
+        target[name] = tensor
+    else:
+        setattr(target, name, tensor)
 
 
 def _hyperparameters(optimizer: Optimizer) -> tuple[dict[str, Any], ...]:

@@ -19,6 +19,8 @@ from torch.optim import optimizer as optimizer_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 torch.set_num_threads(1)
+gc.collect()
+gc.freeze()  # torch's own objects leave the generations: a collection after each test stays cheap
 settings.register_profile("here", deadline=None)
 settings.load_profile("here")
 

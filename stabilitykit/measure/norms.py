@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from stabilitykit.measure.values import values
+from stabilitykit.measure.values import is_plain, values
 
 
 def tensor_norms(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -25,6 +25,8 @@ def transfer(scalars: Sequence[Tensor]) -> list[float]:
     if not scalars:
         return []
     device = scalars[0].device
+    if all(entry.dtype == torch.float32 and entry.device == device for entry in scalars):  # nine in ten
+        return torch.stack(list(scalars)).tolist()
     return torch.stack([entry.to(device=device, dtype=torch.float64) for entry in scalars]).tolist()
 
 
@@ -35,7 +37,7 @@ def combine(norms: Iterable[float]) -> float:
 
 def _readable(tensor: Tensor) -> Tensor:
     """The tensor itself where the kernel takes it; its stored values otherwise, nothing where there are none."""
-    if tensor.layout == torch.strided and tensor.is_floating_point() and type(tensor) in (Tensor, torch.nn.Parameter):
+    if type(tensor) in (Tensor, torch.nn.Parameter) and is_plain(tensor):
         return tensor.detach()
     plain = values(tensor)
     return torch.empty(0) if plain is None else plain

@@ -39,7 +39,7 @@ def statistics(tensor: Tensor) -> Tensor | None:
 
 def _moments(flat: Tensor, absmax: float) -> tuple[Tensor, Tensor]:
     """Mean and L2 norm of finite values; in their own dtype where the square cannot overflow, else in float64."""
-    if flat.dtype in (torch.float32, torch.float64) and absmax**2 * flat.numel() < 1e30:
+    if flat.dtype in (torch.float32, torch.float64) and absmax * absmax * flat.numel() < 1e30:
         return flat.mean(), torch.linalg.vector_norm(flat)
     return flat.mean(dtype=torch.float64), torch.linalg.vector_norm(flat, dtype=torch.float64)
 

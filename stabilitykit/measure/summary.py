@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from stabilitykit.measure.values import values
+from stabilitykit.measure.values import shape_of, values
 from stabilitykit.schema import TensorSummary
 
 
@@ -21,7 +21,7 @@ def summarise(tensor: Tensor, name: str) -> TensorSummary:
     """
     plain = values(tensor)
     dtype = str(tensor.dtype).removeprefix("torch.")
-    head = TensorSummary(name=name, dtype=dtype, shape=tuple(tensor.shape), numel=tensor.numel())
+    head = TensorSummary(name=name, dtype=dtype, shape=shape_of(tensor), numel=tensor.numel())
     if plain is None or plain.numel() == 0:
         return head
     finite = plain[plain.isfinite()].double()
@@ -41,7 +41,7 @@ def summarise(tensor: Tensor, name: str) -> TensorSummary:
 def bad_rows(tensor: Tensor) -> tuple[int, ...]:
     """Indices along the first dimension that hold a NaN or Inf; empty for a scalar."""
     plain = values(tensor)
-    if plain is None or tensor.dim() == 0 or plain.shape[:1] != tensor.shape[:1]:
+    if plain is None or tensor.dim() == 0 or tensor.is_nested or tensor.layout != torch.strided:
         return ()
     bad = ~plain.isfinite()
     return tuple(torch.nonzero(bad.flatten(1).any(1) if bad.dim() > 1 else bad).flatten().tolist())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _EXACT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes in which aminmax and isfinite work
 
@@ -17,7 +18,7 @@ def values(tensor: Tensor) -> Tensor | None:
     Returns:
         None where there is nothing that could be non-finite or nothing to read: integers, bools, meta and fake tensors.
     """
-    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.device.type == "meta":
+    if not (tensor.is_floating_point() or tensor.is_complex()) or not _has_values(tensor):
         return None
     plain = tensor.detach()
     if hasattr(plain, "to_local"):
@@ -32,7 +33,32 @@ def values(tensor: Tensor) -> Tensor | None:
         return None
     if plain.is_neg():
         plain = plain.resolve_neg()
-    return plain if plain.dtype in _EXACT else plain.float()
+    try:
+        return plain if plain.dtype in _EXACT else plain.float()
+    except NotImplementedError:  # a storage-only dtype
+        return None
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether every kernel takes the tensor as it is: dense, real, of an ordinary floating dtype."""
+    return (
+        tensor.dtype in _EXACT
+        and tensor.layout == torch.strided
+        and tensor.device.type != "meta"
+        and not tensor.is_nested
+    )
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """The shape; of a nested tensor, whose rows differ, the number of rows."""
+    return (tensor.size(0),) if tensor.is_nested else tuple(tensor.shape)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether there is memory to read: not so for meta and fake tensors, and parameters that are yet to be made."""
+    return not (
+        tensor.device.type == "meta" or isinstance(tensor, FakeTensor | torch.nn.parameter.UninitializedTensorMixin)
+    )
 
 
 def is_finite(tensor: Tensor) -> bool:

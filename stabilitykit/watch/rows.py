@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stabilitykit.measure.statistics import headroom, statistics
+from stabilitykit.measure.values import shape_of
 from stabilitykit.schema import PHASES, ROLES, TENSOR_ROW, Phase, Role
 
 
@@ -47,7 +48,7 @@ class RowCollector:
         with torch.no_grad():
             packed = statistics(tensor)
         dtype = str(tensor.dtype).removeprefix("torch.")
-        identity = self._names.tensor_id(name, kind=kind, dtype=dtype, shape=tuple(tensor.shape))
+        identity = self._names.tensor_id(name, kind=kind, dtype=dtype, shape=shape_of(tensor))
         self._pending.append(
             _Pending(
                 identity, ROLES.index(role), PHASES.index(phase), call, micro, tensor.numel(), tensor.dtype, packed

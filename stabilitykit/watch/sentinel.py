@@ -72,7 +72,7 @@ class Sentinel:
         after_optimizer: Callable[[Optimizer], None],
     ) -> None:
         self._parameters = dict(parameters)
-        self._buffers = {name: entry for name, entry in model.named_buffers() if entry.is_floating_point()}
+        self._model = model
         self._persistent = set(model.state_dict(keep_vars=True))
         self._unseen = unseen  # runs a function of ours so that a tracer does not take it for the step's
         self._on_backward, self._on_optimizer, self._after_optimizer = on_backward, on_optimizer, after_optimizer
@@ -112,14 +112,15 @@ class Sentinel:
         """Judge the step that has just ended."""
         names, tensors = list(self._parameters), list(self._parameters.values())
         parameters = tensor_norms(tensors)
-        buffers = tensor_norms(self._buffers.values())
+        buffers = self._buffers()
+        states = tensor_norms(buffers.values())
         device_losses = {name: entry.detach() for name, entry in losses.items() if isinstance(entry, Tensor)}
-        packed = [*self._before[1], *self._clipped[1], *parameters, *buffers, *device_losses.values()]
+        packed = [*self._before[1], *self._clipped[1], *parameters, *states, *device_losses.values()]
         received = iter(transfer(packed))
         before = _take(self._before[0], received)
         clipped = _take(self._clipped[0], received)
         after = _take(names, received)
-        states = _take(list(self._buffers), received)
+        held = _take(list(buffers), received)
         known = {name: float(entry) for name, entry in losses.items() if not isinstance(entry, Tensor)}
         seen = _take(list(device_losses), received) | known
         return Reading(
@@ -133,7 +134,7 @@ class Sentinel:
             bad_gradients=_bad(before),
             bad_clipped=_bad(clipped),
             bad_parameters=_bad(after),
-            bad_buffers=self._newly_bad(states),
+            bad_buffers=self._newly_bad(held),
             gradient_norms=tuple(before.values()),
         )
 
@@ -148,7 +149,12 @@ class Sentinel:
         self._known_bad.update(names)
 
     def _bad_buffers(self) -> list[str]:
-        return _bad(dict(zip(self._buffers, transfer(tensor_norms(self._buffers.values())), strict=True)))
+        buffers = self._buffers()
+        return _bad(dict(zip(buffers, transfer(tensor_norms(buffers.values())), strict=True)))
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """The module buffers as they are now: code may assign one anew."""
+        return {name: entry for name, entry in self._model.named_buffers() if entry.is_floating_point()}
 
     def _accumulated(self, _parameter: Tensor) -> None:
         if not self._queued:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from stabilitykit.config import MonitorConfig
 from stabilitykit.errors import NonFiniteError
@@ -116,7 +115,10 @@ class Watch:
     def _unseen(self, measure: Callable[[], None]) -> None:
         """Run a measurement: not traced, never raising into training, but for a verdict."""
         try:
-            with torch.no_grad(), _modes_off():
+            if not _get_current_dispatch_mode_stack():
+                with torch.no_grad():
+                    return measure()
+            with torch.no_grad(), _disable_current_modes():  # a tracer does not see what the observers do
                 measure()
         except NonFiniteError:
             raise
@@ -131,10 +133,3 @@ class Watch:
         if self._modules.recording:
             self._tensors.optimizer_starts(self._sentinel.num_backwards - 1)
         self._on_update(optimizer)
-
-
-@contextmanager
-def _modes_off() -> Iterator[None]:
-    """Dispatch modes off: a tracer does not see what the observers do."""
-    with _disable_current_modes():
-        yield

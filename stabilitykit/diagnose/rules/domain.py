@@ -132,7 +132,7 @@ class SingleSampleVariance(Rule):
         return evidence.phase == "forward" and evidence.op in ("std", "var", "std_mean", "var_mean")
 
 
-class InverseTrigonometryDomain(Rule):
+class OutsideDomain(Rule):
     """The argument lies outside the function's domain: rounding pushed a cosine past 1, or a radicand below 0."""
 
     name = "outside_domain"
@@ -142,8 +142,20 @@ class InverseTrigonometryDomain(Rule):
     )
 
     def applies(self, evidence: Evidence) -> bool:
-        names = ("acos", "asin", "atanh", "acosh", "sqrt", "rsqrt", "pow", "lgamma", "digamma", "erfinv", "logit")
-        return evidence.phase == "forward" and evidence.op in names
+        names = ("acos", "asin", "atanh", "acosh", "sqrt", "rsqrt", "pow", "erfinv", "logit")
+        return evidence.phase == "forward" and evidence.op in names and evidence.kind == "nan"
+
+
+class Pole(Rule):
+    """The function has a pole here: a negative power of 0, the atanh of 1, the lgamma of 0 are infinite."""
+
+    name = "pole"
+    remedies = ("keep the argument away from the pole: x.clamp_min(1e-6), or x.clamp(-1 + 1e-6, 1 - 1e-6) for atanh",)
+
+    def applies(self, evidence: Evidence) -> bool:
+        at_zero = evidence.op in ("pow", "lgamma", "digamma", "polygamma") and _zeros(evidence, "self") > 0
+        at_one = evidence.op in ("atanh", "erfinv", "logit")
+        return evidence.phase == "forward" and evidence.kind == "inf" and (at_zero or at_one)
 
 
 RULES = (
@@ -154,5 +166,6 @@ RULES = (
     DerivativeAtEdge(),
     LogOfZero(),
     DivisionByZero(),
-    InverseTrigonometryDomain(),
+    OutsideDomain(),
+    Pole(),
 )
