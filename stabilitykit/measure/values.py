@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 
 _EXACT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes in which aminmax and isfinite work
 
@@ -56,9 +57,7 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
 
 def _has_values(tensor: Tensor) -> bool:
     """Whether there is memory to read: not so for meta and fake tensors, and parameters that are yet to be made."""
-    return not (
-        tensor.device.type == "meta" or isinstance(tensor, FakeTensor | torch.nn.parameter.UninitializedTensorMixin)
-    )
+    return not (tensor.device.type == "meta" or isinstance(tensor, FakeTensor) or is_lazy(tensor))
 
 
 def is_finite(tensor: Tensor) -> bool:
