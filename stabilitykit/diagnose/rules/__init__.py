@@ -1,9 +1,17 @@
 """Cause and remedy by family of faults; the first rule that applies explains the origin."""
 
-from stabilitykit.diagnose.rules import domain, outside, overflow, update
+from stabilitykit.diagnose.rules import divergence, domain, outside, overflow, state, update
 from stabilitykit.diagnose.rules.base import Evidence, Rule
 
-RULES: tuple[Rule, ...] = (*outside.RULES, *update.RULES[:2], *domain.RULES, *overflow.RULES, *update.RULES[2:])
+RULES: tuple[Rule, ...] = (
+    *outside.RULES,
+    *update.CERTAIN,
+    *divergence.RULES,  # before the operation's own family: it is only where a long way came to its end
+    *state.RULES,
+    *domain.RULES,
+    *overflow.RULES,
+    *update.RULES,
+)
 
 
 def explain(evidence: Evidence) -> tuple[str, str, tuple[str, ...]]:

@@ -74,4 +74,5 @@ class UpdateOverflow(Rule):
         return f"{evidence.optimizer} with {', '.join(known)}." if known else ""
 
 
-RULES = (LearningRateNotFinite(), NoEpsilon(), UpdateOverflow())
+CERTAIN = (LearningRateNotFinite(),)
+RULES = (NoEpsilon(), UpdateOverflow())
