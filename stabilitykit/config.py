@@ -20,7 +20,7 @@ class MonitorConfig:
         budget: share of a step's own time that recording may take when `cadence` is None; the sentinel comes on top.
         replays: faults of a run that are replayed in full; later ones are events.
         max_consecutive_skips: under `skip` and `rollback`, this many steps undone in a row end the run with an error.
-        snapshot_every: copy the training state every so many steps; None: as often as `snapshot_budget` allows.
+        snapshot_every: copy the training state every so many steps; None: every 10, or as `snapshot_budget` allows.
         snapshot_budget: share of a step's own time that copying the state may take when `snapshot_every` is None.
         rollback_steps: under `rollback`, go back at least so many steps.
         history_bytes: memory for batches held since the last snapshot, by reference.

@@ -89,6 +89,7 @@ class TrainingState:
         unique = {id(entry): entry for entry in stateful if not isinstance(entry, nn.Module)}
         self._extras = tuple(_Extra.of(entry) for entry in unique.values())
         self._versioned: list[Tensor] = []
+        self._moded: list[nn.Module] = []
 
     def parameters(self) -> list[Tensor]:
         """All parameters: the modules' and the optimizers', each once, in a stable order."""
@@ -106,6 +107,7 @@ class TrainingState:
         parameters = self.parameters()
         buffers = [entry for module in self.modules for entry in module.buffers()]
         self._versioned = [*parameters, *buffers]
+        self._moded = [entry for module in self.modules for entry in module.modules()]
         return Snapshot(
             moment=self.moment(),
             tensors=tuple((entry, entry.detach().clone()) for entry in (*parameters, *buffers)),
@@ -120,7 +122,7 @@ class TrainingState:
             optimizer_states=tuple(
                 {key: _clone_tree(value) for key, value in optimizer.state.items()} for optimizer in self.optimizers
             ),
-            modes=tuple((entry, entry.training) for module in self.modules for entry in module.modules()),
+            modes=tuple((entry, entry.training) for entry in self._moded),
             extras=tuple(entry.capture() for entry in self._extras),
         )
 
@@ -148,10 +150,15 @@ class TrainingState:
                 group.update(copy.deepcopy(held))
         moment.random.restore()
 
-    def versions(self) -> tuple[int, int]:
-        """A fingerprint that changes when a tensor of the last capture is written to, or one of a replay buffer."""
+    def fingerprint(self) -> tuple[int, ...]:
+        """Changes when a tensor of the last capture is written to, one of a replay buffer, or a mode or freeze is set."""
         extras = [tensor for extra in self._extras for tensor in extra.tensors()]
-        return sum(entry._version for entry in self._versioned), sum(entry._version for entry in extras)
+        return (
+            sum(entry._version for entry in self._versioned),
+            sum(entry._version for entry in extras),
+            sum(entry.training for entry in self._moded),
+            sum(entry.requires_grad for entry in self._versioned),
+        )
 
 
 @dataclass(frozen=True)

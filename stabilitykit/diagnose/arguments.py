@@ -90,12 +90,13 @@ class Call:
             return False
         return not (self.name in _OVERWRITING and argument in self.schema.written)
 
-    def keep_overwritten(self) -> dict[int, Tensor]:
-        """Copies of what is about to be written over, by position in `inputs`: evidence of what the op was given."""
+    def keep_overwritten(self, watched: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Copies of what is, or may be, written over, by position in `inputs`: evidence of what the op was given."""
+        unsaid = {id(tensor) for tensor in watched}
         return {
             position: tensor.detach().clone()
             for position, (argument, tensor) in enumerate(self.inputs)
-            if argument in self.schema.written and self.reads(argument)
+            if id(tensor) in unsaid or (argument in self.schema.written and self.reads(argument))
         }
 
     def groups(self, result: Any) -> Iterator[Group]:

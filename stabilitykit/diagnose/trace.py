@@ -150,8 +150,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         call = Call(func, args, kwargs)
         edges = [self._edge(call, argument, tensor) for argument, tensor in call.inputs]
-        kept = call.keep_overwritten()
         watched = self._finite_module_buffers(call)
+        kept = call.keep_overwritten(watched)
         self.num_operations += 1
         try:
             result = func(*args, **kwargs)

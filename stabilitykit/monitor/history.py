@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from stabilitykit.snapshot import Moment, Snapshot, TrainingState, tensors_of
 from stabilitykit.watch.sentinel import Reading
 
 Step = Callable[..., Any]
+SHORTEST = (
+    10  # steps between snapshots, where nothing forces one: these are also what a diagnosis can show of the run-up
+)
 
 
 @dataclass
@@ -34,6 +38,14 @@ class PastStep:
         return self.batch_versions == _versions(self.args, self.kwargs)
 
 
+@dataclass
+class Segment:
+    """A snapshot and the steps that began after it."""
+
+    snapshot: Snapshot
+    steps: list[PastStep] = field(default_factory=list)
+
+
 class History:
     """Takes snapshots at a cadence that keeps within its budget, and rewinds to the start of the current step.
 
@@ -48,11 +60,12 @@ class History:
         self._state = state
         self._every, self._budget, self._max_bytes = every, budget, max_bytes
         self._rollback_steps = rollback_steps
-        self._snapshot: Snapshot | None = None
-        self._steps: list[PastStep] = []
+        self._segments: deque[Segment] = deque(
+            maxlen=2
+        )  # the one before the current one is re-run as well, for its record
         self._good: tuple[int, Snapshot] | None = None  # what `rollback` goes back to
         self._next_good: tuple[int, Snapshot] | None = None
-        self._versions: tuple[int, int] = (0, 0)
+        self._fingerprint: tuple[int, ...] = ()
         self._snapshot_seconds = 0.0
         self._step_seconds = 0.0
 
@@ -62,9 +75,9 @@ class History:
         if self._every is not None:
             return self._every
         if not self._step_seconds:
-            return 1
+            return SHORTEST
         wanted = self._snapshot_seconds / max(self._budget * self._step_seconds, 1e-9)
-        return next((cadence for cadence in CADENCES if cadence >= wanted), CADENCES[-1])
+        return next((cadence for cadence in CADENCES if cadence >= max(wanted, SHORTEST)), CADENCES[-1])
 
     @property
     def last_good_step(self) -> int | None:
@@ -75,27 +88,26 @@ class History:
         """A step is about to run."""
         if self._snapshot_due():
             started = time.perf_counter()
-            self._snapshot = self._state.capture()
+            snapshot = self._state.capture()
             self._snapshot_seconds = _smooth(self._snapshot_seconds, time.perf_counter() - started)
-            self._keep_good(index, self._snapshot)
-            self._steps.clear()
-            moment = self._snapshot.moment
+            self._keep_good(index, snapshot)
+            self._segments.append(Segment(snapshot))
+            moment = snapshot.moment
         else:
             moment = self._state.moment()
         held = sum(tensor.nbytes for _, tensor in tensors_of((args, dict(kwargs))) if tensor.layout == torch.strided)
-        self._steps.append(PastStep(index, moment, args, kwargs, _versions(args, kwargs), num_bytes=held))
+        self._current.steps.append(PastStep(index, moment, args, kwargs, _versions(args, kwargs), num_bytes=held))
 
     def end(self, reading: Reading, seconds: float) -> None:
         """The step is over and was good."""
-        if self._steps:
-            self._steps[-1].reading = reading
+        if self._segments and self._current.steps:
+            self._current.steps[-1].reading = reading
             self._step_seconds = _smooth(self._step_seconds, seconds)
-        self._versions = self._state.versions()
+        self._fingerprint = self._state.fingerprint()
 
     def forget(self) -> None:
         """The state has been put somewhere else: begin anew with a snapshot at the next step."""
-        self._snapshot = None
-        self._steps.clear()
+        self._segments.clear()
 
     def rewind(self, rerun: Callable[[PastStep], Reading]) -> bool:
         """Put the state back to the start of the current step.
@@ -106,15 +118,19 @@ class History:
         Returns:
             Whether every step on the way was bit-identical to its first run.
         """
-        assert self._snapshot is not None, "begin() comes before rewind()"
-        self._state.restore(self._snapshot)
+        assert self._segments, "begin() comes before rewind()"
         exact = True
-        for past in self._steps[:-1]:
-            self._state.restore_moment(past.moment)
-            again = rerun(past)
-            exact = exact and past.batch_untouched() and past.reading is not None and past.reading.same_step(again)
-        self._state.restore_moment(self._steps[-1].moment)
-        return exact and self._steps[-1].batch_untouched()
+        current = self._current.steps[-1]
+        for segment in self._segments:
+            self._state.restore(segment.snapshot)
+            exact = True  # what came before a snapshot does not matter after it
+            for past in segment.steps:
+                self._state.restore_moment(past.moment)
+                if past is not current:
+                    again = rerun(past)
+                    same = past.reading is not None and past.reading.same_step(again)
+                    exact = exact and same and past.batch_untouched()
+        return exact and current.batch_untouched()
 
     def roll_back(self) -> int | None:
         """Restore the last good state, at least `rollback_steps` old where there is one; the step it began, or None."""
@@ -125,15 +141,19 @@ class History:
         return target[0]
 
     def recent(self) -> Sequence[PastStep]:
-        """The steps since the snapshot, the current one last."""
-        return self._steps
+        """The steps that can be run again, the current one last."""
+        return [past for segment in self._segments for past in segment.steps]
+
+    @property
+    def _current(self) -> Segment:
+        return self._segments[-1]
 
     def _snapshot_due(self) -> bool:
-        if self._snapshot is None or len(self._steps) >= self.interval:
+        if not self._segments or len(self._current.steps) >= self.interval:
             return True
-        if sum(step.num_bytes for step in self._steps) > self._max_bytes:
+        if 2 * sum(step.num_bytes for step in self._current.steps) > self._max_bytes:
             return True
-        return self._state.versions() != self._versions
+        return self._state.fingerprint() != self._fingerprint
 
     def _keep_good(self, index: int, snapshot: Snapshot) -> None:
         if self._next_good is None:

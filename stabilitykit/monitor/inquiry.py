@@ -164,7 +164,13 @@ class Inquiry:
         }
 
 
-def run_up_step(index: int, reading: Reading) -> RunUpStep:
-    """A step's line in the run-up."""
-    loss = next((value for name, value in reading.losses.items()), math.nan)
-    return RunUpStep(step=index, loss=loss, grad_norm=reading.grad_norm, parameter_norm=reading.parameter_norm)
+def run_up_step(index: int, reading: Reading, largest: tuple[str, float] = ("", math.nan)) -> RunUpStep:
+    """A step's line in the run-up; `largest` is known where its tensors were recorded."""
+    return RunUpStep(
+        step=index,
+        loss=next(iter(reading.losses.values()), math.nan),
+        grad_norm=reading.grad_norm,
+        parameter_norm=reading.parameter_norm,
+        absmax=largest[1],
+        absmax_tensor=largest[0],
+    )

@@ -234,7 +234,8 @@ class Monitor:
         started = time.perf_counter()
         update = self._watch.update_norm(max(reading.num_backwards - 1, 0))
         rows = self._watch.take_rows()
-        self._run_up.append(run_up_step(self._step_index, reading))
+        largest = self._watch.largest if rows is not None else ("", math.nan)
+        self._run_up.append(run_up_step(self._step_index, reading, largest))
         self._ledger.end_step(
             self._step_index,
             reading,
@@ -318,6 +319,9 @@ class Monitor:
         reading = self._read(returned)
         self._watch.update_norm(max(reading.num_backwards - 1, 0))
         rows[index] = self._watch.take_rows()
+        for position, known in enumerate(self._run_up):
+            if known.step == index:
+                self._run_up[position] = run_up_step(index, reading, self._watch.largest)
         return reading
 
     def _facts(self) -> Mapping[str, Any]:

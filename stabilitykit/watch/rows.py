@@ -24,6 +24,7 @@ class Names(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
+    name: str
     tensor: int
     role: int
     phase: int
@@ -35,11 +36,16 @@ class _Pending:
 
 
 class RowCollector:
-    """Collects measurements; `take` empties it."""
+    """Collects measurements; `take` empties it.
+
+    Attributes:
+        largest: name and magnitude of the largest finite module output among the rows last taken.
+    """
 
     def __init__(self, names: Names) -> None:
         self._names = names
         self._pending: list[_Pending] = []
+        self.largest = ("", math.nan)
 
     def add(
         self, name: str, role: Role, phase: Phase, tensor: Tensor, *, kind: str, call: int = 0, micro: int = 0
@@ -51,7 +57,15 @@ class RowCollector:
         identity = self._names.tensor_id(name, kind=kind, dtype=dtype, shape=shape_of(tensor))
         self._pending.append(
             _Pending(
-                identity, ROLES.index(role), PHASES.index(phase), call, micro, tensor.numel(), tensor.dtype, packed
+                name,
+                identity,
+                ROLES.index(role),
+                PHASES.index(phase),
+                call,
+                micro,
+                tensor.numel(),
+                tensor.dtype,
+                packed,
             )
         )
 
@@ -65,7 +79,17 @@ class RowCollector:
         rows = np.zeros(len(pending), TENSOR_ROW)
         for order, entry in enumerate(pending):
             rows[order] = _row(order, entry, next(received) if entry.packed is not None else None)
+        self.largest = _largest(pending, rows)
         return rows
+
+
+def _largest(pending: list[_Pending], rows: np.ndarray[Any, np.dtype[np.void]]) -> tuple[str, float]:
+    outputs = rows["role"] == ROLES.index("output")
+    magnitudes = np.where(outputs, np.fmax(np.abs(rows["min"]), np.abs(rows["max"])), np.nan)
+    if np.isnan(magnitudes).all():
+        return "", math.nan
+    position = int(np.nanargmax(magnitudes))
+    return pending[position].name, float(magnitudes[position])
 
 
 def _row(order: int, entry: _Pending, measured: list[float] | None) -> tuple[float, ...]:

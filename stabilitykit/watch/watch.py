@@ -103,6 +103,11 @@ class Watch:
         """The rows measured since the last call."""
         return self._rows.take()
 
+    @property
+    def largest(self) -> tuple[str, float]:
+        """Name and magnitude of the largest module output among the rows last taken."""
+        return self._rows.largest
+
     def trail(self) -> tuple[list[tuple[str, float]], ...]:
         """See `ModuleWatch.trail`."""
         return self._modules.trail()
