@@ -6,15 +6,17 @@ import copy
 import random
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from stabilitykit.errors import UsageError
 
+T = TypeVar("T")
 BUFFER_FIELDS = ("examples", "labels", "logits", "task_labels", "uids")
 
 
@@ -92,11 +94,11 @@ class TrainingState:
         self._moded: list[nn.Module] = []
 
     def parameters(self) -> list[Tensor]:
-        """All parameters: the modules' and the optimizers', each once, in a stable order."""
+        """All parameters there are yet: the modules' and the optimizers', each once, in a stable order."""
         found = {id(entry): entry for module in self.modules for entry in module.parameters()}
         for optimizer in self.optimizers:
             found |= {id(entry): entry for group in optimizer.param_groups for entry in group["params"]}
-        return list(found.values())
+        return [entry for entry in found.values() if not is_lazy(entry)]
 
     def moment(self) -> Moment:
         """Capture the cheap part alone."""
@@ -151,7 +153,7 @@ class TrainingState:
         moment.random.restore()
 
     def fingerprint(self) -> tuple[int, ...]:
-        """Changes when a tensor of the last capture is written to, one of a replay buffer, or a mode or freeze is set."""
+        """Changes when a tensor of the last capture is written to, or one of a replay buffer, or a mode is set."""
         extras = [tensor for extra in self._extras for tensor in extra.tensors()]
         return (
             sum(entry._version for entry in self._versioned),
@@ -278,19 +280,24 @@ def _merge(live: Any, held: Any) -> Any:
     return _clone_tree(held)
 
 
-def tensors_of(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+def tensors_of(value: Any) -> Iterator[tuple[str, Tensor]]:
     """Every tensor in nested tuples, lists, mappings and dataclasses, with its path: `[0]`, `.inputs`, `['x']`."""
-    if isinstance(value, Tensor):
+    return leaves_of(value, Tensor)
+
+
+def leaves_of(value: Any, kind: type[T], path: str = "") -> Iterator[tuple[str, T]]:
+    """Everything of one type in nested containers; see `tensors_of`."""
+    if isinstance(value, kind):
         yield path, value
     elif isinstance(value, Mapping):
         for key, entry in value.items():
-            yield from tensors_of(entry, f"{path}[{key!r}]")
+            yield from leaves_of(entry, kind, f"{path}[{key!r}]")
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
         for name in value._fields:
-            yield from tensors_of(getattr(value, name), f"{path}.{name}")
+            yield from leaves_of(getattr(value, name), kind, f"{path}.{name}")
     elif isinstance(value, list | tuple):
         for index, entry in enumerate(value):
-            yield from tensors_of(entry, f"{path}[{index}]")
+            yield from leaves_of(entry, kind, f"{path}[{index}]")
     elif hasattr(value, "__dataclass_fields__"):
         for name in value.__dataclass_fields__:
-            yield from tensors_of(getattr(value, name, None), f"{path}.{name}")
+            yield from leaves_of(getattr(value, name, None), kind, f"{path}.{name}")

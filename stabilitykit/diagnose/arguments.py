@@ -21,7 +21,8 @@ _PLACING = {
     "lift_fresh", "where", "clamp", "clamp_min", "clamp_max",
 }  # fmt: skip
 _OVERWRITING = {"copy", "fill", "zero", "uniform", "normal", "random", "bernoulli", "exponential", "set", "resize"}
-_READING = {"local_scalar_dense", "is_nonzero", "isnan", "isinf", "isfinite", "equal", "ne", "eq"}
+_READING = {"local_scalar_dense", "is_nonzero", "equal"}
+_CHECKING = {"isnan", "isinf", "isfinite", "ne", "eq", *_READING}
 _SHAPE_ONLY = ("_like",)
 
 
@@ -65,8 +66,13 @@ class Call:
 
     @property
     def is_read(self) -> bool:
-        """Whether the call tells Python, or a mask, about the values."""
+        """Whether the call hands a value to Python."""
         return self.name in _READING
+
+    @property
+    def is_check(self) -> bool:
+        """Whether the result says if values are finite."""
+        return self.name in _CHECKING
 
     @property
     def nonfinite_scalar(self) -> str:

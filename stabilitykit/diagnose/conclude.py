@@ -37,12 +37,13 @@ class Context:
     run_up: Sequence[RunUpStep] = ()
     hyperparameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by parameter name
     optimizer: str = ""
+    bad_numbers: Sequence[str] = ()  # Python numbers in the batch that are not finite, by path
 
 
 def conclude(finding: Finding, context: Context) -> Diagnosis:
     """The diagnosis of one finding."""
-    phase = _phase(finding)
-    tensor = _tensor(finding, phase)
+    phase = _phase(finding, context)
+    tensor = _tensor(finding, phase, context)
     samples, samples_are = _samples(finding, phase, context)
     origin = _origin(finding, phase, tensor, samples, context)
     evidence = Evidence(
@@ -89,22 +90,30 @@ def _origin(finding: Finding, phase: Phase, tensor: str, samples: tuple[int, ...
     )
 
 
-def _phase(finding: Finding) -> Phase:
+def _phase(finding: Finding, context: Context) -> Phase:
     source = finding.origin
     if isinstance(source, Leaf):
         return _LEAF_PHASES[source.kind]
-    if finding.symptom.role == "module_buffer" and source.phase == "forward":
+    if source.phase != "forward":
+        return source.phase
+    if source.scalar and context.bad_numbers:
+        return "data"
+    role = finding.symptom.role
+    if role == "module_buffer":
         return "state"
-    return source.phase
+    by_hand: Mapping[str, Phase] = {"gradient_clipped": "clip", "parameter": "optimizer"}
+    return by_hand.get(role, source.phase) if source.aside else source.phase
 
 
-def _tensor(finding: Finding, phase: Phase) -> str:
+def _tensor(finding: Finding, phase: Phase, context: Context) -> str:
     """The parameter, module buffer, gradient or batch entry the phase is about."""
     source = finding.origin
     if phase in ("optimizer", "clip", "state"):
         return finding.symptom.name or (source.writes if isinstance(source, Operation) else source.name)
     if isinstance(source, Leaf):
         return source.name
+    if phase == "data":
+        return next(iter(context.bad_numbers), "")
     return finding.symptom.name if phase == "backward" and finding.symptom.role.startswith("gradient") else ""
 
 

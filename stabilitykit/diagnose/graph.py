@@ -61,6 +61,7 @@ class Operation:
         rows: bad rows of the output along its first dimension.
         writes: name of the parameter, module buffer or gradient it wrote into, if any.
         exact_absmax: largest magnitude of the same operation in float64, where a narrow dtype overflowed.
+        aside: it ran after backward and outside autograd: part of clipping or of an update by hand.
     """
 
     index: int
@@ -78,7 +79,7 @@ class Operation:
     rows: tuple[int, ...] = ()
     writes: str = ""
     exact_absmax: float | None = None
-    loss_term: str = ""
+    aside: bool = False
 
 
 Source = Operation | Leaf

@@ -34,12 +34,14 @@ class Symptoms:
         outputs: of every module, innermost first: a module returns after those it calls.
         output_gradients: of the same outputs, in the order of backward.
         before: parameters that were bad before the step.
+        stored: a field of the replay buffer and its slots that are not finite.
     """
 
     inputs: Sequence[Passed] = ()
     outputs: Sequence[Passed] = ()
     output_gradients: Sequence[Passed] = ()
     before: Sequence[str] = ()
+    stored: tuple[str, tuple[int, ...]] = ("", ())
     losses: Sequence[str] = ()
     gradients: Sequence[str] = ()
     clipped: Sequence[str] = ()
@@ -82,6 +84,9 @@ def _forward(symptoms: Symptoms) -> _Place | None:
     given = next((passed for passed in symptoms.inputs if passed.bad), None)
     if given is not None and bad is not None:
         return _Place("data", "", given.module, _kind(given), "The model's input was not finite when it was called.")
+    field, slots = symptoms.stored
+    if slots:
+        return _Place("buffer", "", field, "nan", f"The replay buffer's {field} were not finite in slots {slots[:8]}.")
     if symptoms.before:
         name = next((entry for entry in symptoms.before if entry.rpartition(".")[0] == first), symptoms.before[0])
         text = "The parameter was not finite when the step began."

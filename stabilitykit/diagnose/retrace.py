@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim import Optimizer
 
-from stabilitykit.diagnose.graph import Symptom, Trace
+from stabilitykit.diagnose.graph import Trace
 from stabilitykit.diagnose.trace import Labels, Tracer, watching_backward
 from stabilitykit.measure.values import is_finite
-from stabilitykit.snapshot import BUFFER_FIELDS, tensors_of
+from stabilitykit.snapshot import BUFFER_FIELDS, leaves_of, tensors_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Retraced:
 
     trace: Trace
     returned: Any
-    error: BaseException | None
+    error: Exception | None
     optimizer_stepped: bool
     buffers_before: Mapping[str, bool]  # module buffers and whether they were finite when the step began
 
@@ -101,6 +102,12 @@ def batch_name(path: str) -> str:
     return path.removeprefix("[1]").strip("[]'") if path.startswith("[1]") else "argument" + path.removeprefix("[0]")
 
 
+def bad_numbers(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """Where in the batch there are Python numbers that are not finite."""
+    found = leaves_of((args, dict(kwargs)), float)
+    return tuple(batch_name(path) for path, number in found if not math.isfinite(number))
+
+
 @contextmanager
 def _plugged(tracer: Tracer, subject: Subject, stepped: list[bool]) -> Iterator[None]:
     def before_step(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -117,7 +124,7 @@ def _plugged(tracer: Tracer, subject: Subject, stepped: list[bool]) -> Iterator[
         for optimizer in subject.optimizers:
             stack.callback(optimizer.register_step_pre_hook(before_step).remove)
             stack.callback(optimizer.register_step_post_hook(lambda *_: tracer.leave_optimizer()).remove)
-        stack.enter_context(watching_backward(before_backward, lambda: tracer.notice_gradients("gradient")))
+        stack.enter_context(watching_backward(before_backward, tracer.backward_ended))
         yield
 
 
@@ -125,7 +132,7 @@ def _notice_ends(
     tracer: Tracer,
     subject: Subject,
     returned: Any,
-    error: BaseException | None,
+    error: Exception | None,
     stepped: bool,
     finite_before: Mapping[str, bool],
 ) -> None:
@@ -136,11 +143,10 @@ def _notice_ends(
         if tensor.requires_grad:
             tracer.notice("returned", "loss", tensor)
     for name, parameter in subject.parameters.items():
-        tracer.notice("parameter", name, parameter.detach())
+        tracer.notice("parameter", name, parameter.detach(), written=True)
+    persistent = subject.model.state_dict(keep_vars=True)
     for name, buffer in subject.model.named_buffers():
-        if finite_before.get(name, True):
+        if finite_before.get(name, True) and name in persistent:
             tracer.notice("module_buffer", name, buffer)
     if error is not None:
-        source = tracer.last_failed or tracer.last_checked
-        if source is not None:
-            tracer.symptoms.append(Symptom("error", type(error).__name__, source))
+        tracer.notice_error(error)

@@ -19,6 +19,8 @@ from stabilitykit.measure.summary import bad_rows, summarise
 from stabilitykit.measure.values import is_finite, values
 from stabilitykit.schema import Phase
 
+CHECK_DISTANCE = 4  # operations from `isnan(x)` through `any` and `not` to the number that Python reads
+
 
 @dataclass(slots=True, eq=False)
 class _Storage:
@@ -78,16 +80,16 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.labels = labels
         self.symptoms: list[Symptom] = []
-        self.last_failed: Source | None = None
-        self.last_checked: Source | None = None
         self.num_operations = 0
         self._module_names = module_names
         self._parameters = parameters
         self._storages: dict[int, _Storage] = {}
         self._forwards: dict[int, _Forward] = {}
         self._stack: list[str | None] = []
-        self._in_optimizer = False
-        self._closure = False
+        self._in_optimizer = self._closure = self._after_backward = False
+        self._failed: tuple[int, Source | None] = (-1, None)  # index of an operation, and what was bad in it
+        self._checked: tuple[int, Source | None] = (-1, None)
+        self._read = -1
         self._paused = False
 
     # What the replay tells the tracer.
@@ -110,10 +112,21 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._stack:
             self._stack.pop()
 
+    def backward_ended(self) -> None:
+        """A backward has ended: the gradients are as it left them."""
+        self._after_backward = True
+        self.notice_gradients("gradient")
+
     def enter_optimizer(self, closure: bool) -> None:
-        """An optimizer's step starts."""
+        """An optimizer's step starts: a gradient that was bad and has been mended since does no harm."""
+        self.symptoms = [entry for entry in self.symptoms if entry.role != "gradient" or self._still_bad(entry.name)]
         self.notice_gradients("gradient_clipped")
         self._in_optimizer, self._closure = True, closure
+
+    def _still_bad(self, name: str) -> bool:
+        gradient = self._parameters[name].grad
+        with self.paused():
+            return gradient is None or not is_finite(gradient)
 
     def leave_optimizer(self) -> None:
         """An optimizer's step has ended."""
@@ -129,12 +142,24 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     if storage is not None:
                         storage.gradient = True
 
-    def notice(self, role: str, name: str, tensor: Tensor) -> None:
-        """Make a symptom of `tensor` if it is not finite."""
+    def notice(self, role: str, name: str, tensor: Tensor, *, written: bool = False) -> None:
+        """Make a symptom of `tensor` if it is not finite; with `written`, only if the step itself has made it so."""
         with self.paused():
             storage = self._storage(tensor)
-            if storage is not None and storage.source is not None and not is_finite(tensor):
+            if storage is None or storage.source is None or is_finite(tensor):
+                return
+            if not written or isinstance(storage.source, Operation):
                 self.symptoms.append(Symptom(role, name, storage.source))  # type: ignore[arg-type]
+
+    def notice_error(self, error: Exception) -> None:
+        """Make a symptom of what an exception is about: the operation that raised, or a check that was read last."""
+        failed, source = self._failed
+        checked, check = self._checked
+        if failed != self.num_operations:
+            told = self._read == self.num_operations and self._read - checked <= CHECK_DISTANCE
+            source = check if told else None
+        if source is not None:
+            self.symptoms.append(Symptom("error", type(error).__name__, source))
 
     def result(self) -> Trace:
         """What has been gathered so far."""
@@ -156,7 +181,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         try:
             result = func(*args, **kwargs)
         except Exception:
-            self.last_failed = next((edge.source for edge in edges if edge is not None), self.last_failed)
+            self._failed = self.num_operations, next((edge.source for edge in edges if edge is not None), None)
             raise
         self._observe(call, result, edges, kept, watched)
         return result
@@ -171,8 +196,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             operation = self._operation(call, found, bad, group.inputs, kept, derived) if bad else None
             for tensor in group.written:
                 self._wrote(tensor, operation if operation and not is_finite(tensor) else None, derived)
-        if call.is_read and (source := next((edge.source for edge in edges if edge), None)):
-            self.last_checked = source
+        if call.is_check and (source := next((edge.source for edge in edges if edge), None)):
+            self._checked = self.num_operations, source
+        if call.is_read:
+            self._read = self.num_operations
         broken = [tensor for tensor in watched if not is_finite(tensor)]
         if broken:
             found = [edge for edge in edges if edge is not None]
@@ -190,7 +217,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.labels.add("literal", "", call.inputs[0][1])
         if torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled():
             return
-        if self._in_optimizer or not (call.differentiable or not torch.is_grad_enabled()):
+        if self._updating or not (call.differentiable or not torch.is_grad_enabled()):
             return
         sequence = torch._C._autograd._get_sequence_nr() - 1
         if sequence not in self._forwards:
@@ -229,16 +256,22 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             places_constant=call.places_constant and output.nan == 0,
             scalar=call.nonfinite_scalar,
             rows=bad_rows(worst),
+            aside=self._after_backward and not call.differentiable,
             writes=self._written_name(bad),
         )
         if not known and worst.dtype in (torch.float16, torch.bfloat16):
             operation.exact_absmax = call.absmax_in_float64(kept)
         return operation
 
+    @property
+    def _updating(self) -> bool:
+        """Whether an optimizer is at work itself, and not the closure it was given."""
+        return self._in_optimizer and not (self._closure and torch.is_grad_enabled())
+
     def _phase(self, call: Call, caller: Caller, derived: bool) -> Phase:
         if torch._C._current_graph_task_id() != -1:
             return "forward" if caller.recomputed else "backward"
-        if self._in_optimizer and not (self._closure and torch.is_grad_enabled()):
+        if self._updating:
             return "optimizer"
         if derived:
             return "clip"

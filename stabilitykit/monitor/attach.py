@@ -55,14 +55,15 @@ def attach(
     optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer or ())
     if wrong := [type(entry).__name__ for entry in optimizers if not isinstance(entry, Optimizer)]:
         raise UsageError(f"attach: got {wrong[0]} as optimizer, expected a torch.optim.Optimizer or a sequence of them")
+    also = tuple(entry for entry in stateful if isinstance(entry, Optimizer) and entry not in optimizers)
     folder = Path(run_dir) if run_dir is not None else new_run_dir()
     return Monitor(
         model,
-        optimizers,
+        (*optimizers, *also),
         folder,
         config=MonitorConfig.of(config),
         on_nonfinite=on_nonfinite,
         scaler=scaler,
-        stateful=stateful,
+        stateful=[entry for entry in stateful if not isinstance(entry, Optimizer)],
         replay_buffer=replay_buffer,
     )

@@ -84,9 +84,9 @@ class History:
         """The step at whose start the state that `rollback` restores was captured."""
         return self._good[0] if self._good is not None else None
 
-    def begin(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """A step is about to run."""
-        if self._snapshot_due():
+    def begin(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, touched: bool = False) -> None:
+        """A step is about to run; `touched`: the caller knows of a change of state since the last one."""
+        if touched or self._snapshot_due():
             started = time.perf_counter()
             snapshot = self._state.capture()
             self._snapshot_seconds = _smooth(self._snapshot_seconds, time.perf_counter() - started)

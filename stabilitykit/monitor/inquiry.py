@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stabilitykit.diagnose.conclude import Context, conclude
 from stabilitykit.diagnose.graph import Leaf
-from stabilitykit.diagnose.retrace import Subject, batch_name, retrace
+from stabilitykit.diagnose.retrace import Subject, bad_numbers, batch_name, retrace
 from stabilitykit.diagnose.walk import find_origin
 from stabilitykit.measure.values import is_finite
 from stabilitykit.monitor.history import History, PastStep, Step
@@ -53,12 +53,14 @@ class Outcome:
         before: the state at the start of the step.
         after: the state as the first run of the step left it.
         failure: why the step could not be run again; `before` is then `after`.
+        same: whether the second run gave bit for bit what the first had.
     """
 
     diagnosis: Diagnosis | None
     before: Snapshot
     after: Snapshot
     failure: Exception | None = None
+    same: bool = True
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,14 @@ class Inquiry:
             finding = find_origin(retraced.trace.symptoms, self._intended(constants))
         except Exception as error:  # noqa: BLE001 - ours or the step's, on its second run: training goes on
             return Outcome(None, after, after, error)
+        same = ran.reading.same_step(again)
         if finding is None:
-            return Outcome(None, before, after)
+            return Outcome(None, before, after, same=same)
         context = Context(
-            proof="replayed" if exact and ran.reading.same_step(again) else "replayed-differs",
+            proof="replayed" if exact and same else "replayed-differs",
             batch_size=retraced.trace.batch_size,
             hyperparameters=self._hyperparameters(),
+            bad_numbers=bad_numbers(ran.args, ran.kwargs),
             optimizer=", ".join(type(entry).__name__ for entry in self.subject.optimizers),
             **facts(),
         )

@@ -10,6 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -29,9 +30,10 @@ from stabilitykit.monitor.aftermath import Aftermath
 from stabilitykit.monitor.history import History, Step
 from stabilitykit.monitor.inquiry import Inquiry, Outcome, Ran, run_up_step
 from stabilitykit.monitor.ledger import Ledger, Rows
-from stabilitykit.monitor.wording import later_fault, message, rolled_back, unused_gradients
+from stabilitykit.monitor.wording import later_fault, mended_gradients, message, rolled_back, unused_gradients
 from stabilitykit.schema import Diagnosis, Event, RunUpStep
 from stabilitykit.snapshot import RandomStates, TrainingState
+from stabilitykit.watch.buffer import bad_slots
 from stabilitykit.watch.sentinel import Reading
 from stabilitykit.watch.watch import Watch
 
@@ -212,6 +214,8 @@ class Monitor:
             return self._suspect(ran)
         if replayable and ran.reading.unused_gradients:
             self._note_unused(ran)
+        if ran.reading.mended_gradients:
+            self._ledger.event(mended_gradients(ran.reading))
         self._history.end(ran.reading, seconds)
         self._finish(ran.reading, seconds)
         return ran.outcome()
@@ -219,7 +223,7 @@ class Monitor:
     def _remember(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Hold what a replay would need; False where the state cannot be captured: the step then runs all the same."""
         try:
-            self._history.begin(self._step_index, args, kwargs)
+            self._history.begin(self._step_index, args, kwargs, touched=self._watch.touched())
         except Exception as error:  # noqa: BLE001 - a stateful object of the caller's; training goes on
             self._ledger.own_error(error)
             self._history.forget()
@@ -276,10 +280,13 @@ class Monitor:
         return self._act(outcome, diagnosis, ran)
 
     def _without_replay(self, outcome: Outcome, ran: Ran) -> Diagnosis | None:
-        """Where the replay itself failed: what the sentinel saw."""
-        if outcome.failure is None or not ran.reading.suspicious:
+        """Where the replay failed or did not show what the first run had shown: what can be seen without it."""
+        if not ran.reading.suspicious or (outcome.failure is None and outcome.same):
             return None
-        return by_hooks(self._symptoms(ran.reading), Context(proof="record", **self._facts()))
+        context = Context(proof="replayed-differs" if outcome.failure is None else "record", **self._facts())
+        self._state.restore(outcome.after)
+        stored = bad_slots(self._subject.replay_buffer)
+        return by_hooks(replace(self._symptoms(ran.reading), stored=stored), context)
 
     def _note_unused(self, ran: Ran) -> None:
         """Gradients are bad and no optimizer stepped: no fault, unless a later step of an accumulation uses them."""

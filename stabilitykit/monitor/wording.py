@@ -53,6 +53,13 @@ def unused_gradients(reading: Reading, *, scaled: bool) -> Event:
     )
 
 
+def mended_gradients(reading: Reading) -> Event:
+    """Bad gradients that the caller's code made finite before the update."""
+    names = ", ".join(reading.bad_gradients[:3])
+    text = f"gradients of {names} were not finite after backward and were when the optimizer started: mended on the way"
+    return Event(kind="mended_gradients", severity="warning", subject=reading.bad_gradients[0], message=text)
+
+
 def rolled_back(step: int, back_to: int | None) -> Event:
     """The state of an earlier step is back."""
     text = (

@@ -66,6 +66,14 @@ def full_audit(buffer: object) -> Audit:
     return Audit(tuple(findings), _row(fields, stored, filled, findings))
 
 
+def bad_slots(buffer: object | None) -> tuple[str, tuple[int, ...]]:
+    """The first field of a replay buffer with non-finite slots, and the slots; empty where there is none."""
+    for name, tensor in _fields(buffer).items() if buffer is not None else ():
+        if slots := bad_rows(tensor):
+            return name, slots
+    return "", ()
+
+
 def _fields(buffer: object) -> dict[str, Tensor]:
     found = {name: buffer.get(name) if isinstance(buffer, Mapping) else getattr(buffer, name, None) for name in _FIELDS}
     return {name: entry for name, entry in found.items() if isinstance(entry, Tensor) and entry.dim() > 0}

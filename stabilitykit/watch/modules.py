@@ -61,6 +61,7 @@ class ModuleWatch:
             handle.remove()
         self._handles.clear()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def record(self, name: str, output: Any) -> None:
         """A module has returned."""
         call = self._calls[name]
@@ -74,6 +75,7 @@ class ModuleWatch:
             if tensor.requires_grad and tensor.grad_fn is not None:
                 tensor.register_hook(self._gradient_hook(label, name, call))  # type: ignore[no-untyped-call]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def record_inputs(self, inputs: Any) -> None:
         """The model is called."""
         for path, tensor in tensors_of(inputs):

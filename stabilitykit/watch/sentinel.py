@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stabilitykit.measure.norms import combine, tensor_norms, transfer
+from stabilitykit.measure.values import is_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class Reading:
     parameter_norm: float = math.nan
     num_backwards: int = 0
     stepped: bool = False
+    changed_gradients: bool = False  # between the end of backward and the optimizer
     bad_losses: Sequence[str] = ()
     bad_gradients: Sequence[str] = ()
     bad_clipped: Sequence[str] = ()
@@ -34,13 +36,18 @@ class Reading:
     @property
     def suspicious(self) -> bool:
         """Whether anything looks non-finite that a step is supposed to keep finite."""
-        used = self.stepped and (self.bad_gradients or self.bad_clipped)
+        used = self.stepped and bool(self.bad_clipped if self.changed_gradients else self.bad_gradients)
         return bool(self.bad_losses or used or self.bad_parameters or self.bad_buffers)
 
     @property
     def unused_gradients(self) -> bool:
         """Whether gradients are bad but no optimizer stepped: a scaler's skip, or an accumulation still under way."""
         return bool(self.bad_gradients) and not self.stepped
+
+    @property
+    def mended_gradients(self) -> bool:
+        """Whether gradients were bad when backward ended and finite when the optimizer started."""
+        return bool(self.bad_gradients) and self.stepped and self.changed_gradients and not self.bad_clipped
 
     def same_step(self, other: Reading) -> bool:
         """Whether two runs of a step agree bit for bit in losses, gradient norms and parameters."""
@@ -77,6 +84,8 @@ class Sentinel:
         self._unseen = unseen  # runs a function of ours so that a tracer does not take it for the step's
         self._on_backward, self._on_optimizer, self._after_optimizer = on_backward, on_optimizer, after_optimizer
         self._known_bad = set(self._bad_buffers())
+        self._unused_bad: set[str] = set()
+        self._after: list[float] | None = None  # parameter norms when the last step ended
         self.bad_before = _bad(dict(zip(parameters, transfer(tensor_norms(parameters.values())), strict=True)))
         self._handles = [
             entry.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
@@ -120,6 +129,7 @@ class Sentinel:
         before = _take(self._before[0], received)
         clipped = _take(self._clipped[0], received)
         after = _take(names, received)
+        self._after = list(after.values())
         held = _take(list(buffers), received)
         known = {name: float(entry) for name, entry in losses.items() if not isinstance(entry, Tensor)}
         seen = _take(list(device_losses), received) | known
@@ -130,23 +140,43 @@ class Sentinel:
             parameter_norm=combine(after.values()) if after else math.nan,
             num_backwards=self.num_backwards,
             stepped=self._stepped,
+            changed_gradients=bool(self._clipped[0]),
             bad_losses=_bad(seen),
-            bad_gradients=_bad(before),
-            bad_clipped=_bad(clipped),
-            bad_parameters=_bad(after),
+            bad_gradients=self._confirmed_gradients(before, self._clipped[0] == []),
+            bad_clipped=self._confirmed_gradients(clipped, True),
+            bad_parameters=self._newly_bad_parameters(after),
             bad_buffers=self._newly_bad(held),
             gradient_norms=tuple(before.values()),
         )
 
     def _newly_bad(self, states: Mapping[str, float]) -> list[str]:
         """Module buffers that have become non-finite: one that was so from the start is meant to be so."""
-        bad = {name for name in _bad(states) if name in self._persistent}
+        live = self._buffers()
+        bad = {name for name in _bad(states) if name in self._persistent and not is_finite(live[name])}
         self._known_bad &= bad
         return sorted(bad - self._known_bad)
 
-    def accept_bad_buffers(self, names: Sequence[str]) -> None:
-        """Do not report these again until they have been finite once."""
-        self._known_bad.update(names)
+    def _confirmed_gradients(self, norms: Mapping[str, float], untouched: bool) -> list[str]:
+        """Gradients whose norm is bad, less those where only the norm overflowed, if they are still there to tell."""
+        live = {name: entry.grad for name, entry in self._parameters.items()} if untouched else {}
+        return [name for name in _bad(norms) if (held := live.get(name)) is None or not is_finite(held)]
+
+    def _newly_bad_parameters(self, norms: Mapping[str, float]) -> list[str]:
+        bad = [name for name in _bad(norms) if not is_finite(self._parameters[name])]
+        self._unused_bad &= set(bad)
+        return [name for name in bad if name not in self._unused_bad]
+
+    def touched(self) -> bool:
+        """Whether a parameter is not what it was when the last step ended; counters miss writes through `.data`."""
+        if self._after is None:
+            return False
+        now = transfer(tensor_norms(self._parameters.values()))
+        return any(a != b and not (math.isnan(a) and math.isnan(b)) for a, b in zip(now, self._after, strict=True))
+
+    def accept(self, reading: Reading) -> None:
+        """Do not report these buffers and parameters again until they have been finite once: nothing uses them."""
+        self._known_bad.update(reading.bad_buffers)
+        self._unused_bad.update(reading.bad_parameters)
 
     def _bad_buffers(self) -> list[str]:
         buffers = self._buffers()

@@ -84,9 +84,13 @@ class Watch:
                 losses[f"loss{path}"] = tensor.detach().reshape(())
         return self._sentinel.read(losses | dict(terms))
 
+    def touched(self) -> bool:
+        """Whether parameters were written to since the last step."""
+        return self._sentinel.touched()
+
     def acquit(self, reading: Reading, returned: Any) -> None:
         """What looked bad does no harm (a metric of 0 / 0): do not look into it again."""
-        self._sentinel.accept_bad_buffers(reading.bad_buffers)
+        self._sentinel.accept(reading)
         for path, tensor in tensors_of(returned):
             if tensor.numel() == 1 and not tensor.requires_grad and not is_finite(tensor):
                 self._acquitted.add(path)

@@ -1,0 +1,1 @@
+"""Tables to findings: drift, headroom, spikes, comparisons of runs."""

@@ -1,0 +1,136 @@
+"""One open file of the log: appended with single writes, a short one rolled back, closed in forked children."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from stabilitykit.record.frame import Buffer, count_bytes
+
+WRITEBACK_BYTES = 4 << 20  # 100 steps of 400 tensors: the longest stall is 10 ms instead of 38, the mean 50 us for 70
+
+
+class Segment:
+    """A new log file that this process alone appends to.
+
+    The kernel lock on it lasts as long as the writer lives, however it ends: whoever can take the lock
+    (`is_live`) knows that no more frames will come.
+
+    Attributes:
+        path: the file.
+        size: bytes it holds.
+        num_frames: frames it holds, kept by the recorder.
+        torn: a failed write could not be undone; nothing should be appended any more.
+    """
+
+    _descriptor = -1
+
+    def __init__(self, path: Path) -> None:
+        """Create the file.
+
+        Raises:
+            FileExistsError: another writer has this number.
+            OSError: the file cannot be created.
+        """
+        self.path = path
+        self.size = 0
+        self.num_frames = 0
+        self.torn = False
+        self._announced = 0
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with suppress(OSError):  # a file system without locks; only `compact --all` would have used it
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _OPEN.add(self)
+
+    def __del__(self) -> None:
+        self.close()  # a recorder that nobody closed must not keep the lock
+
+    def append(self, buffers: Sequence[Buffer]) -> None:
+        """Write `buffers` in one system call, or leave the file as it was.
+
+        Raises:
+            OSError: they are not in the file: it is full, or it has been deleted.
+        """
+        length = count_bytes(buffers)
+        written = os.writev(self._descriptor, buffers)
+        status = os.fstat(self._descriptor)
+        if written != length:  # a full disk is a short count, not an error
+            self._cut(status.st_size - written)
+            raise OSError(errno.ENOSPC, f"wrote {written:,} of {length:,} bytes", str(self.path))
+        if not status.st_nlink:
+            raise FileNotFoundError(errno.ENOENT, "the log has been deleted", str(self.path))
+        self.size = status.st_size
+        self._start_writeback()
+
+    def sync(self) -> None:
+        """Wait until what was written survives a power cut.
+
+        Raises:
+            OSError: the disk says it does not.
+        """
+        os.fdatasync(self._descriptor)
+
+    def close(self) -> None:
+        """Give back the descriptor and the lock; harmless when repeated."""
+        _OPEN.discard(self)
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with suppress(OSError):
+                os.close(descriptor)
+
+    def _start_writeback(self) -> None:
+        """Have the disk begin without waiting for it (on Linux this advice does), so that `sync` finds little to do."""
+        length = self.size - self._announced
+        if length >= WRITEBACK_BYTES:
+            os.posix_fadvise(self._descriptor, self._announced, length, os.POSIX_FADV_DONTNEED)
+            self._announced = self.size
+
+    def _cut(self, size: int) -> None:
+        try:
+            os.ftruncate(self._descriptor, size)
+        except OSError:
+            self.torn = True
+
+
+def take_lock(descriptor: int) -> bool | None:
+    """Lock a segment against other compactors, until the descriptor is closed.
+
+    Returns:
+        False: its writer lives, or another compactor is at it. None: the file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def is_live(descriptor: int) -> bool:
+    """Whether the writer of the segment behind `descriptor`, which holds no lock itself, is still there."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+_OPEN: weakref.WeakSet[Segment] = weakref.WeakSet()
+
+
+def _close_inherited() -> None:
+    """A child that kept the descriptor would hold the lock beyond its parent's death."""
+    for segment in list(_OPEN):
+        segment.close()
+
+
+os.register_at_fork(after_in_child=_close_inherited)
