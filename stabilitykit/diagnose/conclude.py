@@ -108,10 +108,10 @@ def _phase(finding: Finding, context: Context) -> Phase:
 def _tensor(finding: Finding, phase: Phase, context: Context) -> str:
     """The parameter, module buffer, gradient or batch entry the phase is about."""
     source = finding.origin
-    if phase in ("optimizer", "clip", "state"):
-        return finding.symptom.name or (source.writes if isinstance(source, Operation) else source.name)
     if isinstance(source, Leaf):
         return source.name
+    if phase in ("optimizer", "clip", "state"):
+        return finding.symptom.name or source.writes
     if phase == "data":
         return next(iter(context.bad_numbers), "")
     return finding.symptom.name if phase == "backward" and finding.symptom.role.startswith("gradient") else ""

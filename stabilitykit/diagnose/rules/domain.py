@@ -34,10 +34,11 @@ class DivisionByZero(Rule):
     )
 
     def applies(self, evidence: Evidence) -> bool:
-        return evidence.op in ("div", "true_divide", "reciprocal", "rsqrt", "remainder", "fmod") and evidence.phase in (
-            "forward",
-            "backward",
-        )
+        if evidence.phase not in ("forward", "backward"):
+            return False
+        by_zero = evidence.op in ("div", "true_divide", "remainder", "fmod") and _zeros(evidence, "other") > 0
+        of_zero = evidence.op in ("reciprocal", "rsqrt") and _zeros(evidence, "self") > 0
+        return by_zero or of_zero or (evidence.op == "div" and evidence.phase == "backward")
 
     def facts(self, evidence: Evidence) -> str:
         count = _zeros(evidence, "other") or _zeros(evidence, "self")

@@ -68,7 +68,7 @@ class ExpOverflow(Rule):
 
 
 class PlainOverflow(Rule):
-    """Finite inputs gave a result past the largest number of the dtype: a product, square or sum of huge values."""
+    """Finite inputs gave a result past the largest number of the dtype: huge values, or a tiny divisor."""
 
     name = "overflow"
     remedies = (
@@ -81,7 +81,8 @@ class PlainOverflow(Rule):
         largest = max(
             (abs(bound) for e in evidence.inputs.values() for bound in (e.min, e.max) if bound == bound), default=0.0
         )
-        return evidence.phase in ("forward", "backward") and evidence.kind == "inf" and largest > 1e9
+        tiny = evidence.op in ("div", "reciprocal") and evidence.kind == "inf"  # and no zero: see DivisionByZero
+        return evidence.phase in ("forward", "backward") and ((evidence.kind == "inf" and largest > 1e9) or tiny)
 
 
 RULES = (LossScaleOverflow(), NarrowOverflow(), ExpOverflow(), PlainOverflow())

@@ -45,7 +45,11 @@ class NoEpsilon(Rule):
     )
 
     def applies(self, evidence: Evidence) -> bool:
-        return evidence.phase == "optimizer" and evidence.op in ("addcdiv", "div", "fused_adam", "fused_adamw", "rsqrt")
+        names = ("addcdiv", "div", "fused_adam", "fused_adamw", "fused_adagrad", "rsqrt")
+        lost = _number(evidence, "eps") < 1e-7 and evidence.narrow
+        zero = any(entry.zeros for name, entry in evidence.inputs.items() if name != "self")
+        divided = evidence.phase == "optimizer" and evidence.op in names
+        return divided and (_number(evidence, "eps") == 0 or lost) and (zero or evidence.kind == "nan")
 
     def facts(self, evidence: Evidence) -> str:
         return f"{evidence.optimizer} has eps = {_number(evidence, 'eps'):g}."
