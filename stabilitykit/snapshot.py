@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from types import FunctionType, ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from stabilitykit.errors import UsageError
 
 T = TypeVar("T")
+MAX_DEPTH = 3  # attributes of attributes: objects may refer to each other
 BUFFER_FIELDS = ("examples", "labels", "logits", "task_labels", "uids")
 
 
@@ -122,7 +124,7 @@ class TrainingState:
             ),
             gradients=tuple((entry, entry.grad, _clone(entry.grad)) for entry in parameters),
             optimizer_states=tuple(
-                {key: _clone_tree(value) for key, value in optimizer.state.items()} for optimizer in self.optimizers
+                {key: clone_tree(value) for key, value in optimizer.state.items()} for optimizer in self.optimizers
             ),
             modes=tuple((entry, entry.training) for entry in self._moded),
             extras=tuple(entry.capture() for entry in self._extras),
@@ -234,7 +236,7 @@ def _assign(target: Any, name: str, tensor: Tensor) -> None:
 
 def _hyperparameters(optimizer: Optimizer) -> tuple[dict[str, Any], ...]:
     return tuple(
-        {key: _clone_tree(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+        {key: clone_tree(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
     )
 
 
@@ -249,14 +251,14 @@ def _refill(gradient: Tensor, held: Tensor) -> Tensor:
     return gradient.detach_().copy_(held) if gradient.grad_fn is not None else gradient.copy_(held)
 
 
-def _clone_tree(value: Any) -> Any:
+def clone_tree(value: Any) -> Any:
     """Tensors cloned, containers rebuilt, the rest deep-copied: an optimizer's state holds numbers and lists too."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
-        return {key: _clone_tree(entry) for key, entry in value.items()}
+        return {key: clone_tree(entry) for key, entry in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_clone_tree(entry) for entry in value)
+        return type(value)(clone_tree(entry) for entry in value)
     return value if isinstance(value, int | float | str | bool | None) else copy.deepcopy(value)
 
 
@@ -277,11 +279,11 @@ def _merge(live: Any, held: Any) -> Any:
     if isinstance(held, dict):
         known = live if isinstance(live, dict) else {}
         return {key: _merge(known.get(key), entry) for key, entry in held.items()}
-    return _clone_tree(held)
+    return clone_tree(held)
 
 
 def tensors_of(value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested tuples, lists, mappings and dataclasses, with its path: `[0]`, `.inputs`, `['x']`."""
+    """Every tensor in nested tuples, lists, mappings and objects, with its path: `[0]`, `.inputs`, `['x']`."""
     return leaves_of(value, Tensor)
 
 
@@ -298,6 +300,7 @@ def leaves_of(value: Any, kind: type[T], path: str = "") -> Iterator[tuple[str, 
     elif isinstance(value, list | tuple):
         for index, entry in enumerate(value):
             yield from leaves_of(entry, kind, f"{path}[{index}]")
-    elif hasattr(value, "__dataclass_fields__"):
-        for name in value.__dataclass_fields__:
-            yield from leaves_of(getattr(value, name, None), kind, f"{path}.{name}")
+    elif hasattr(value, "__dict__") and not isinstance(value, type | ModuleType | nn.Module | Optimizer | FunctionType):
+        for name, entry in vars(value).items():  # a dataclass, a graph, a batch class of the user's own
+            if path.count(".") < MAX_DEPTH:
+                yield from leaves_of(entry, kind, f"{path}.{name}")

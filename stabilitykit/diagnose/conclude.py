@@ -76,7 +76,7 @@ def _origin(finding: Finding, phase: Phase, tensor: str, samples: tuple[int, ...
     source = finding.origin
     common: dict[str, Any] = {"step": context.step, "phase": phase, "kind": kind, "tensor": tensor, "samples": samples}
     if isinstance(source, Leaf):
-        module = tensor.rpartition(".")[0] if phase in ("weights", "state") else ""
+        module = tensor.rpartition(".")[0] if phase in ("weights", "state", "optimizer") else ""
         return Origin(**common, module=module, proof=context.proof)
     module = tensor.rpartition(".")[0] if phase in ("optimizer", "clip") else source.module
     return Origin(
@@ -108,11 +108,11 @@ def _phase(finding: Finding, context: Context) -> Phase:
 def _tensor(finding: Finding, phase: Phase, context: Context) -> str:
     """The parameter, module buffer, gradient or batch entry the phase is about."""
     source = finding.origin
-    if isinstance(source, Leaf):
+    if isinstance(source, Leaf) and phase != "optimizer":
         return source.name
     if phase in ("optimizer", "clip", "state"):
-        return finding.symptom.name or source.writes
-    if phase == "data":
+        return finding.symptom.name or (source.writes if isinstance(source, Operation) else source.name)
+    if phase == "data":  # a Python number
         return next(iter(context.bad_numbers), "")
     return finding.symptom.name if phase == "backward" and finding.symptom.role.startswith("gradient") else ""
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from stabilitykit.diagnose.graph import Trace
 from stabilitykit.diagnose.trace import Labels, Tracer, watching_backward
@@ -58,7 +59,7 @@ def retrace(
     tracer = Tracer(labels, names, subject.parameters)
     finite_before = {name: is_finite(buffer) for name, buffer in subject.model.named_buffers()}
     returned, error, stepped = None, None, [False]
-    with _plugged(tracer, subject, stepped), torch.compiler.set_stance("force_eager"):
+    with _plugged(tracer, stepped), torch.compiler.set_stance("force_eager"):
         try:
             with tracer:
                 returned = step(*args, **kwargs)
@@ -109,7 +110,7 @@ def bad_numbers(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, 
 
 
 @contextmanager
-def _plugged(tracer: Tracer, subject: Subject, stepped: list[bool]) -> Iterator[None]:
+def _plugged(tracer: Tracer, stepped: list[bool]) -> Iterator[None]:
     def before_step(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         stepped[0] = True
         tracer.enter_optimizer(closure=any(map(callable, (*args[1:], *kwargs.values()))))
@@ -121,9 +122,8 @@ def _plugged(tracer: Tracer, subject: Subject, stepped: list[bool]) -> Iterator[
     with ExitStack() as stack:
         stack.callback(register_module_forward_pre_hook(tracer.enter_module).remove)
         stack.callback(register_module_forward_hook(tracer.leave_module, always_call=True).remove)
-        for optimizer in subject.optimizers:
-            stack.callback(optimizer.register_step_pre_hook(before_step).remove)
-            stack.callback(optimizer.register_step_post_hook(lambda *_: tracer.leave_optimizer()).remove)
+        stack.callback(register_optimizer_step_pre_hook(before_step).remove)  # of any optimizer, known to us or not
+        stack.callback(register_optimizer_step_post_hook(lambda *_: tracer.leave_optimizer()).remove)
         stack.enter_context(watching_backward(before_backward, tracer.backward_ended))
         yield
 

@@ -266,13 +266,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @property
     def _updating(self) -> bool:
         """Whether an optimizer is at work itself, and not the closure it was given."""
-        return self._in_optimizer and not (self._closure and torch.is_grad_enabled())
+        in_closure = self._closure and (torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1)
+        return self._in_optimizer and not in_closure
 
     def _phase(self, call: Call, caller: Caller, derived: bool) -> Phase:
+        if self._updating:  # also one that steps inside backward, in a hook
+            return "optimizer"
         if torch._C._current_graph_task_id() != -1:
             return "forward" if caller.recomputed else "backward"
-        if self._updating:
-            return "optimizer"
         if derived:
             return "clip"
         written = [self.labels.kind(key) for key in map(storage_key, call.overwritten) if key is not None]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from stabilitykit.config import CADENCES
-from stabilitykit.snapshot import Moment, Snapshot, TrainingState, tensors_of
+from stabilitykit.snapshot import Moment, Snapshot, TrainingState, clone_tree, tensors_of
 from stabilitykit.watch.sentinel import Reading
 
 Step = Callable[..., Any]
@@ -33,9 +33,16 @@ class PastStep:
     seconds: float = 0.0
     num_bytes: int = 0
 
+    copied: bool = False
+
     def batch_untouched(self) -> bool:
-        """Whether nobody has written into the batch since."""
-        return self.batch_versions == _versions(self.args, self.kwargs)
+        """Whether the batch is still what the step was given: nobody has written into it, or it is our copy."""
+        return self.copied or self.batch_versions == _versions(self.args, self.kwargs)
+
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments for a re-run, which may write into them as well."""
+        arguments = (self.args, dict(self.kwargs))
+        return clone_tree(arguments) if self.copied else arguments
 
 
 @dataclass
@@ -66,6 +73,7 @@ class History:
         self._good: tuple[int, Snapshot] | None = None  # what `rollback` goes back to
         self._next_good: tuple[int, Snapshot] | None = None
         self._fingerprint: tuple[int, ...] = ()
+        self._copy_batches = False
         self._snapshot_seconds = 0.0
         self._step_seconds = 0.0
 
@@ -96,13 +104,20 @@ class History:
         else:
             moment = self._state.moment()
         held = sum(tensor.nbytes for _, tensor in tensors_of((args, dict(kwargs))) if tensor.layout == torch.strided)
-        self._current.steps.append(PastStep(index, moment, args, kwargs, _versions(args, kwargs), num_bytes=held))
+        if self._copy_batches:
+            args, kwargs = clone_tree((args, dict(kwargs)))
+        self._current.steps.append(
+            PastStep(index, moment, args, kwargs, _versions(args, kwargs), num_bytes=held, copied=self._copy_batches)
+        )
 
     def end(self, reading: Reading, seconds: float) -> None:
         """The step is over and was good."""
         if self._segments and self._current.steps:
             self._current.steps[-1].reading = reading
             self._step_seconds = _smooth(self._step_seconds, seconds)
+            if not self._current.steps[-1].batch_untouched():  # a step that normalises its batch in place
+                self._copy_batches = True
+                self.forget()
         self._fingerprint = self._state.fingerprint()
 
     def forget(self) -> None:

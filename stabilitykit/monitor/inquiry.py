@@ -94,8 +94,10 @@ class Inquiry:
             exact = self.history.rewind(lambda past: self._rerun(ran.function, past))
             before = self.state.capture()
             self.begin()
-            retraced = retrace(self.subject, ran.function, ran.args, ran.kwargs, unused_gradients=unused)
-            again = self.read(self.history.recent()[-1].index, retraced.returned)
+            current = self.history.recent()[-1]
+            args, kwargs = current.inputs()
+            retraced = retrace(self.subject, ran.function, args, kwargs, unused_gradients=unused)
+            again = self.read(current.index, retraced.returned)
             finding = find_origin(retraced.trace.symptoms, self._intended(constants))
         except Exception as error:  # noqa: BLE001 - ours or the step's, on its second run: training goes on
             return Outcome(None, after, after, error)
@@ -123,7 +125,8 @@ class Inquiry:
 
     def _rerun(self, step: Step, past: PastStep) -> Reading:
         self.begin()
-        returned = step(*past.args, **past.kwargs)
+        args, kwargs = past.inputs()
+        returned = step(*args, **kwargs)
         return self.read(past.index, returned)
 
     def _intended(self, constants: set[str]) -> Callable[[Leaf], bool]:

@@ -67,23 +67,14 @@ class Monitor:
         self._config, self._policy = config, on_nonfinite
         self._optimizers = tuple(optimizers)
         self._scaler = scaler or next((entry for entry in stateful if isinstance(entry, GradScaler)), None)
-        self._parameters = _named_parameters(model, optimizers)
+        self._model = model
         extras = [entry for entry in (*stateful, scaler, replay_buffer) if entry is not None]
         self._state = TrainingState(model, optimizers, extras)
         self._ledger = Ledger(run_dir, model, config, replay_buffer)
         self._aftermath = Aftermath(run_dir, config)
         self._history = self._new_history()
-        self._watch = Watch(
-            model,
-            optimizers,
-            self._parameters,
-            self._ledger.recorder,
-            config,
-            on_error=self._ledger.own_error,
-            on_update=self._update_begins,
-            after_update=self._update_ended,
-        )
-        self._subject = Subject(model, optimizers, self._parameters, replay_buffer)
+        self._replay_buffer = replay_buffer
+        self._watch_all()
         self._constants = {n: b.detach().clone() for n, b in model.named_buffers() if not is_finite(b)}
         self._run_up: deque[RunUpStep] = deque(maxlen=config.run_up or None)
         self._diagnosis: Diagnosis | None = None
@@ -220,9 +211,33 @@ class Monitor:
         self._finish(ran.reading, seconds)
         return ran.outcome()
 
+    def _watch_all(self) -> None:
+        """Put the hooks on the model as it is now."""
+        self._parameters = _named_parameters(self._model, self._optimizers)
+        self._outline = _outline(self._parameters, self._optimizers)
+        self._subject = Subject(self._model, self._optimizers, self._parameters, self._replay_buffer)
+        self._watch = Watch(
+            self._model,
+            self._optimizers,
+            self._parameters,
+            self._ledger.recorder,
+            self._config,
+            on_error=self._ledger.own_error,
+            on_update=self._update_begins,
+            after_update=self._update_ended,
+        )
+
+    def _rewatch_if_changed(self) -> None:
+        """A head was added, a layer thawed: the hooks of yesterday do not see it."""
+        if _outline(self._parameters, self._optimizers) != self._outline:
+            self._watch.close()
+            self._watch_all()
+            self._history.forget()
+
     def _remember(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Hold what a replay would need; False where the state cannot be captured: the step then runs all the same."""
         try:
+            self._rewatch_if_changed()
             self._history.begin(self._step_index, args, kwargs, touched=self._watch.touched())
         except Exception as error:  # noqa: BLE001 - a stateful object of the caller's; training goes on
             self._ledger.own_error(error)
@@ -450,6 +465,12 @@ def _named_parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict
                     named[f"optimizer{which or ''}.group{group_index}[{position}]"] = entry
                     known.add(id(entry))
     return named
+
+
+def _outline(parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> tuple[int, int]:
+    """Changes when parameters join an optimizer, or are frozen or thawed."""
+    optimised = sum(len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups)
+    return optimised, sum(entry.requires_grad for entry in parameters.values())
 
 
 def _abandoned(ledger: Ledger, aftermath: Aftermath) -> None:

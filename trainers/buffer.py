@@ -1,0 +1,166 @@
+"""The replay buffer: a reservoir of examples with the logits the network gave them, as a structure of tensors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stabilitykit.errors import UsageError
+from trainers.guards import finite_rows
+
+TENSORS = ("examples", "labels", "logits", "task_labels", "importance", "uids", "inserted_steps")
+COUNTERS = ("filled", "n_seen", "num_steps", "num_rejected", "num_quarantined")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BufferConfig:
+    """How much is kept, and what is let in.
+
+    Attributes:
+        size: slots.
+        minibatch_size: samples a draw.
+        sanitise: refuse rows whose example or logits are not finite (guard 4).
+        clamp_logits: clamp stored logits to this magnitude; 0 stores them as they are, since a clamped teacher pulls
+            every larger student logit down.
+        audit_every: look through the whole buffer every so many steps and drop what is not finite; 0 never.
+    """
+
+    size: int = 200
+    minibatch_size: int = 32
+    sanitise: bool = True
+    clamp_logits: float = 0.0
+    audit_every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise UsageError(f"--buffer_size: got {self.size}, expected 1 or more")
+        if self.minibatch_size < 1:
+            raise UsageError(f"--minibatch_size: got {self.minibatch_size}, expected 1 or more")
+        if not 0 <= self.clamp_logits < math.inf:
+            raise UsageError(f"--clamp_logits: got {self.clamp_logits}, expected 0 (off) or a positive magnitude")
+        if self.audit_every < 0:
+            raise UsageError(f"--buffer_audit_every: got {self.audit_every}, expected 0 (off) or a number of steps")
+
+
+class ReplayBuffer:
+    """A reservoir (Vitter's algorithm R): after n offers every one of them is held with probability capacity / n.
+
+    `examples, labels, logits, task_labels, importance, uids, inserted_steps` are views of the filled slots, first
+    dimension = slot.  `uids` number the offers of the run and are never reused; `num_steps` counts insertions and is
+    the clock of whatever happens every so many steps.
+    """
+
+    examples: Tensor
+    labels: Tensor
+    logits: Tensor
+    task_labels: Tensor
+    importance: Tensor
+    uids: Tensor
+    inserted_steps: Tensor
+
+    def __init__(
+        self, config: BufferConfig, shape: tuple[int, ...], num_classes: int, generator: torch.Generator
+    ) -> None:
+        self.config = config
+        self.capacity = config.size
+        self.generator = generator
+        self.filled = self.n_seen = self.num_steps = self.num_rejected = self.num_quarantined = 0
+        self.storage = {
+            "examples": torch.zeros(config.size, *shape),
+            "labels": torch.zeros(config.size, dtype=torch.int64),
+            "logits": torch.zeros(config.size, num_classes),
+            "task_labels": torch.zeros(config.size, dtype=torch.int64),
+            "importance": torch.zeros(config.size),
+            "uids": torch.zeros(config.size, dtype=torch.int64),
+            "inserted_steps": torch.zeros(config.size, dtype=torch.int64),
+        }
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in TENSORS:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return self.storage[name][: self.filled]
+
+    def __len__(self) -> int:
+        return self.filled
+
+    def draw(self, probabilities: Tensor | None = None) -> Tensor:
+        """Slots of one minibatch, without replacement: uniform, or by `probabilities` over the filled slots."""
+        count = min(self.config.minibatch_size, self.filled)
+        if probabilities is None:
+            return torch.randperm(self.filled, generator=self.generator)[:count]
+        return torch.multinomial(probabilities, count, generator=self.generator)
+
+    def insert(self, examples: Tensor, labels: Tensor, logits: Tensor, importance: Tensor, task: int) -> None:
+        """Offer a batch: un-augmented examples and the logits of the training forward, before the update."""
+        rows = self.admitted(examples, logits)
+        limit = self.config.clamp_logits
+        columns = {
+            "examples": examples,
+            "labels": labels,
+            "logits": logits.clamp(-limit, limit) if limit else logits,
+            "task_labels": torch.full_like(labels, task),
+            "importance": importance,
+        }
+        accepted = self.accept(len(rows))
+        slots = torch.tensor(list(accepted), dtype=torch.int64)
+        offers = torch.tensor(list(accepted.values()), dtype=torch.int64)
+        for name, values in columns.items():
+            self.storage[name][slots] = values[rows[offers]].to(self.storage[name].dtype)
+        self.storage["uids"][slots] = self.n_seen - len(rows) + offers
+        self.storage["inserted_steps"][slots] = self.num_steps
+        self.num_steps += 1
+
+    def admitted(self, examples: Tensor, logits: Tensor) -> Tensor:
+        """Rows that may be stored."""
+        if not self.config.sanitise:
+            return torch.arange(len(examples))
+        sound = finite_rows(examples) & finite_rows(logits)
+        self.num_rejected += len(sound) - int(sound.sum())
+        return sound.nonzero().flatten()
+
+    def accept(self, num_offers: int) -> dict[int, int]:
+        """Slot -> offer for the next `num_offers` offers; the later of two that fall on one slot stays."""
+        accepted = {}
+        for offer, chance in enumerate(torch.rand(num_offers, dtype=torch.float64, generator=self.generator).tolist()):
+            slot = self.filled if self.filled < self.capacity else int(chance * (self.n_seen + 1))
+            self.filled = min(self.filled + 1, self.capacity)
+            self.n_seen += 1
+            if slot < self.capacity:
+                accepted[slot] = offer
+        return accepted
+
+    def audit(self) -> int:
+        """Drop every slot that is no longer finite, if an audit is due; the number dropped.
+
+        The last filled slot moves into the hole, and the next offer is taken for certain: the law holds again once
+        the buffer has been refilled.
+        """
+        every = self.config.audit_every
+        if not every or self.num_steps % every:
+            return 0
+        sound = finite_rows(self.examples) & finite_rows(self.logits)
+        kept = sound.nonzero().flatten()
+        dropped = self.filled - len(kept)
+        if dropped:
+            for tensor in self.storage.values():
+                tensor[: len(kept)] = tensor[kept]
+            self.filled = len(kept)
+            self.num_quarantined += dropped
+        return dropped
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a step changes; tensors by reference, as PyTorch does."""
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        return self.storage | counters | {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put a state back, in place."""
+        for name, tensor in self.storage.items():
+            tensor.copy_(state[name])
+        for name in COUNTERS:
+            setattr(self, name, state[name])
+        self.generator.set_state(state["generator"])

@@ -1,0 +1,125 @@
+"""`python -m trainers`: flags in, exit code out.  0 done, 1 a step went non-finite, 2 bad usage or data."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stabilitykit.errors import NonFiniteError, StabilityKitError, UsageError
+from trainers import flags, progress
+from trainers.buffer import BufferConfig
+from trainers.datasets import DatasetConfig
+from trainers.experiment import ExperimentConfig, run
+from trainers.methods.causal_der import CausalConfig
+from trainers.methods.derpp import DerppConfig
+from trainers.networks import NetworkConfig
+from trainers.optimisation import OptimizerConfig, ScheduleConfig
+from trainers.precision import PrecisionConfig
+from trainers.trainer import TrainerConfig
+from trainers.watching import WatchConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = flags.parse(argv)
+        config = configure(args, ("python", "-m", "trainers", *argv))
+        if args.num_threads:
+            torch.set_num_threads(args.num_threads)
+        results = run(config, progress.NoProgress() if args.non_verbose else progress.for_stdout())
+    except NonFiniteError as error:
+        print(f"python -m trainers: {error}", file=sys.stderr)
+        return 1
+    except StabilityKitError as error:
+        print(f"python -m trainers: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("python -m trainers: interrupted", file=sys.stderr)
+        return 130
+    print(f"Class-IL {results.class_il:.2f} %, Task-IL {results.task_il:.2f} %: {config.run_dir / 'results.json'}")
+    return 0
+
+
+def configure(args: argparse.Namespace, command: tuple[str, ...]) -> ExperimentConfig:
+    """The flags as the parts' own configurations.
+
+    Raises:
+        UsageError: a value that cannot be right.
+    """
+    if args.num_threads < 0:
+        raise UsageError(f"--num_threads: got {args.num_threads}, expected 0 (PyTorch's choice) or more")
+    return ExperimentConfig(
+        method=args.model,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        drop_last=args.drop_last,
+        clip_norm=args.clip_grad,
+        command=command,
+        run_dir=args.run_dir or default_run_dir(args),
+        dataset=DatasetConfig(name=args.dataset, base_path=args.base_path, download=args.download),
+        network=NetworkConfig(name=args.backbone, norm=args.norm, pool=args.pool),
+        trainer=TrainerConfig(num_epochs=args.n_epochs, freeze_bn=args.freeze_bn, stop_after=args.stop_after),
+        watch=WatchConfig(
+            monitor=args.monitor, check=args.validate_step, on_nonfinite=args.on_nonfinite, max_skips=args.max_skips
+        ),
+        **_replay(args),
+        **_arithmetic(args),
+    )
+
+
+def default_run_dir(args: argparse.Namespace) -> Path:
+    """runs/<model>-<dataset>-seed<seed>-<time>."""
+    return Path("runs") / f"{args.model}-{args.dataset}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _replay(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "buffer": BufferConfig(
+            size=args.buffer_size,
+            minibatch_size=args.batch_size if args.minibatch_size is None else args.minibatch_size,
+            sanitise=args.sanitise_buffer,
+            clamp_logits=args.clamp_logits,
+            audit_every=args.buffer_audit_every,
+        ),
+        "derpp": DerppConfig(
+            alpha=args.alpha,
+            beta=args.beta,
+            kd=args.kd,
+            temperature=args.kd_temperature,
+            warmup_tasks=args.replay_warmup_tasks,
+            adaptive=args.adaptive_replay_weights,
+        ),
+        "causal": CausalConfig(
+            mode=args.use_causal_sampling,
+            weight=args.causal_weight,
+            warmup_tasks=args.causal_warmup_tasks,
+            refresh_every=args.importance_refresh,
+            isolate=args.isolate_causal,
+        ),
+    }
+
+
+def _arithmetic(args: argparse.Namespace) -> dict[str, Any]:
+    milestones = tuple(args.lr_milestones) if args.lr_scheduler else ()
+    return {
+        "optimizer": OptimizerConfig(
+            name=args.optimizer,
+            lr=args.lr,
+            weight_decay=args.optim_wd,
+            momentum=args.optim_mom,
+            nesterov=args.optim_nesterov,
+        ),
+        "schedule": ScheduleConfig(
+            over_tasks=args.use_lr_decay, milestones=milestones, gamma=args.sched_multistep_lr_gamma
+        ),
+        "precision": PrecisionConfig(
+            format="fp32" if args.disable_amp else args.mixed_precision, whole_step=args.amp_scope == "step"
+        ),
+    }

@@ -1,0 +1,1 @@
+"""Embedded data: Split Fashion-MNIST mini, its licence, its digest and the script that made it."""

@@ -1,0 +1,155 @@
+"""A run from its configuration: builds the parts, trains, leaves a run folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from stabilitykit.errors import UsageError
+from trainers.buffer import BufferConfig, ReplayBuffer
+from trainers.datasets import DatasetConfig, DatasetSpec, load
+from trainers.guards import GradientClip
+from trainers.methods.causal_der import CausalConfig, CausalDer
+from trainers.methods.derpp import Derpp, DerppConfig
+from trainers.networks import NetworkConfig, build_network
+from trainers.optimisation import OptimizerConfig, Schedule, ScheduleConfig
+from trainers.precision import Precision, PrecisionConfig
+from trainers.progress import NoProgress, Progressing
+from trainers.results import Results, claim_run_folder
+from trainers.seeding import generator, seed_everything
+from trainers.step import TrainingStep
+from trainers.stream import Stream, Transform
+from trainers.trainer import Trainer, TrainerConfig
+from trainers.watching import SkipCounter, WatchConfig, attach
+
+METHODS = ("causal-der", "derpp")
+MAX_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """Everything a run depends on; each part is checked by its owner."""
+
+    method: str = "causal-der"
+    seed: int = 0
+    batch_size: int = 32
+    drop_last: bool = False
+    clip_norm: float = 0.0
+    command: tuple[str, ...] = ()
+    run_dir: Path
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    buffer: BufferConfig = field(default_factory=BufferConfig)
+    derpp: DerppConfig = field(default_factory=DerppConfig)
+    causal: CausalConfig = field(default_factory=CausalConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UsageError(f"--model: got {self.method!r}, expected one of {', '.join(METHODS)}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UsageError(f"--seed: got {self.seed}, expected 0 to {MAX_SEED}")
+        if self.batch_size < 1:
+            raise UsageError(f"--batch_size: got {self.batch_size}, expected 1 or more")
+        if not 0 <= self.clip_norm < float("inf"):
+            raise UsageError(f"--clip_grad: got {self.clip_norm}, expected 0 (off) or a positive norm")
+
+    @property
+    def num_tasks(self) -> int:
+        """Tasks this run goes through."""
+        return min(self.trainer.stop_after or self.dataset.spec.num_tasks, self.dataset.spec.num_tasks)
+
+    def facts(self) -> dict[str, Any]:
+        """The configuration as JSON can hold it."""
+        facts: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        return facts
+
+
+def run(config: ExperimentConfig, progress: Progressing | None = None) -> Results:
+    """Train as configured.
+
+    Raises:
+        UsageError: data or options that cannot be right.
+        RunFolderError: the run folder is in use or cannot be written.
+        NonFiniteError: a step went non-finite and the policy is to raise.
+    """
+    progress = progress or NoProgress()
+    trainer = build_trainer(config, progress)
+    total = config.trainer.num_epochs * sum(trainer.stream.num_batches(task) for task in range(config.num_tasks))
+    progress.start(config.run_dir.name, total)
+    error: BaseException | None = None
+    try:
+        return trainer.fit()
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        progress.stop()
+        trainer.watch.close(error)
+
+
+def build_trainer(config: ExperimentConfig, progress: Progressing) -> Trainer:
+    """Load the data, claim the run folder, put the parts together."""
+    spec = config.dataset.spec
+    train, test = load(config.dataset)
+    claim_run_folder(config.run_dir)
+    seed_everything(config.seed)
+    network = build_network(config.network, spec.shape, spec.num_classes)
+    step = build_step(config, spec, network)
+    watch = attach(
+        network,
+        step.optimizer,
+        config.watch,
+        run_dir=config.run_dir,
+        seed=config.seed,
+        buffer=step.method.buffer,
+        scaler=step.precision.scaler,
+        stateful=(step.method.transform, step.clip),
+    )
+    step.watch = watch
+    watch.note(config=config.facts())
+    stream = Stream(
+        train,
+        spec,
+        batch_size=config.batch_size,
+        drop_last=config.drop_last,
+        transform=Transform(spec, generator(config.seed, "stream augmentation")),
+        order=generator(config.seed, "stream order"),
+    )
+    return Trainer(
+        config.trainer,
+        spec=spec,
+        test=test,
+        stream=stream,
+        step=step,
+        watch=watch,
+        skips=SkipCounter(config.watch),
+        results=Results(seed=config.seed, command=list(config.command), num_tasks=config.num_tasks),
+        progress=progress,
+        run_dir=config.run_dir,
+    )
+
+
+def build_step(config: ExperimentConfig, spec: DatasetSpec, network: nn.Module) -> TrainingStep:
+    """The training step with everything it changes."""
+    precision = Precision(config.precision)
+    buffer = ReplayBuffer(config.buffer, spec.shape, spec.num_classes, generator(config.seed, "buffer"))
+    transform = Transform(spec, generator(config.seed, "replay augmentation"))
+    parts = (network, buffer, transform, precision, config.derpp, spec.num_tasks)
+    method = Derpp(*parts) if config.method == "derpp" else CausalDer(*parts, causal=config.causal)
+    return TrainingStep(
+        method,
+        config.optimizer.build(network),
+        Schedule(config=config.schedule, base_lr=config.optimizer.lr, num_tasks=spec.num_tasks),
+        precision,
+        GradientClip(config.clip_norm),
+        check=config.watch.check,
+    )

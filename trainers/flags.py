@@ -1,0 +1,224 @@
+"""The command line's flags: Mammoth's names where Mammoth has them, the stability guide's for the guards."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from stabilitykit.errors import UsageError
+
+Values = Mapping[str, object]
+
+# What `--guards` stands for: the flags of each guard when it is off, and when it is on.
+GUARDS: Mapping[str, tuple[Values, Values]] = {
+    "lr": ({"use_lr_decay": False}, {"use_lr_decay": True, "lr": 0.005, "optim_wd": 0.0001}),
+    "precision": ({"amp_scope": "replay"}, {"amp_scope": "step", "mixed_precision": "fp32"}),
+    "freeze_bn": ({"freeze_bn": False}, {"freeze_bn": True}),
+    "buffer": ({"sanitise_buffer": False}, {"sanitise_buffer": True, "buffer_audit_every": 50}),
+    "isolation": ({"isolate_causal": False}, {"isolate_causal": True}),
+    "checks": ({"validate_step": False}, {"validate_step": True}),
+    "clip": ({"clip_grad": 0.0}, {"clip_grad": 1.0}),
+    "replay_weights": ({"adaptive_replay_weights": False}, {"adaptive_replay_weights": True}),
+}
+# Mammoth's `--dataset_config`.
+DATASET_CONFIGS: Mapping[str, Values] = {
+    "xder": {
+        "lr_scheduler": "multisteplr",
+        "lr_milestones": [35, 45],
+        "sched_multistep_lr_gamma": 0.2,
+        "batch_size": 32,
+        "n_epochs": 50,
+    }
+}
+IGNORED = (
+    "--nowand",
+    "--wandb_entity",
+    "--wandb_project",
+    "--wandb_name",
+    "--num_workers",
+    "--results_path",
+    "--disable_log",
+    "--enable_other_metrics",
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are one line: what came, what was expected."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the whole usage.
+
+        Raises:
+            UsageError: always.
+        """
+        if unknown := re.fullmatch(r"unrecognized arguments: (\S+).*", message):
+            flag = unknown[1].split("=")[0]
+            close = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            hint = f"did you mean {close[0]}?" if close else "see python -m trainers --help"
+            raise UsageError(f"got {flag!r}, expected a known flag; {hint}")
+        raise UsageError(message.removeprefix("argument "))
+
+
+def switch(text: str) -> bool:
+    """0 or 1."""
+    if text not in ("0", "1"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected 0 or 1")
+    return text == "1"
+
+
+def whole(text: str) -> int:
+    """A whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number") from None
+
+
+def number(text: str) -> float:
+    """A number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number") from None
+
+
+def precision(text: str) -> str:
+    """The guide's 0 and 1, or a format's name."""
+    return {"0": "fp32", "1": "bf16"}.get(text, text)
+
+
+def build_parser() -> Parser:
+    """Every flag, with its default."""
+    parser = Parser(
+        prog="python -m trainers",
+        description="Train Causal-DER or DER++ on a stream of tasks, watched by stabilitykit.",
+        allow_abbrev=False,
+    )
+    _add_run(parser)
+    _add_training(parser)
+    _add_replay(parser)
+    _add_guards(parser)
+    ignored = parser.add_argument_group("accepted and ignored, for commands written for Mammoth")
+    for flag in IGNORED:
+        ignored.add_argument(flag, nargs="?", help="ignored", metavar="X", dest="ignored")
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags of `argv`; `--guards` and `--dataset_config` move the defaults, so that explicit flags win.
+
+    Raises:
+        UsageError: a flag or value that cannot be right.
+    """
+    parser = build_parser()
+    first = parser.parse_known_args(list(argv))[0]
+    if first.dataset_config:
+        parser.set_defaults(**DATASET_CONFIGS[first.dataset_config])
+    if first.guards:
+        parser.set_defaults(**guard_defaults(first.guards))
+    return parser.parse_args(list(argv))
+
+
+def guard_defaults(names: str) -> dict[str, object]:
+    """What `--guards NAMES` sets: the named guards on, all others off."""
+    chosen = {"all": list(GUARDS), "none": []}.get(names, names.split(","))
+    for name in chosen:
+        if name not in GUARDS:
+            raise UsageError(f"--guards: got {name!r}, expected all, none, or a list of {', '.join(GUARDS)}")
+    return {flag: value for name, states in GUARDS.items() for flag, value in states[name in chosen].items()}
+
+
+def _add_run(parser: Parser) -> None:
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add("--model", default="causal-der", help="causal-der or derpp")
+    add("--dataset", default="seq-fmnist-mini", help="seq-fmnist-mini (embedded), seq-fmnist, seq-mnist, seq-cifar10, "
+        "seq-cifar100")  # fmt: skip
+    add("--base_path", default=Path("data"), type=Path, help="folder of the data sets that are not embedded")
+    add("--download", default=False, type=switch, help="1: let torchvision download what is missing")
+    add("--seed", default=0, type=whole, help="seeds everything")
+    add("--run_dir", default=None, type=Path, help="run folder (runs/<model>-<dataset>-seed<seed>-<time>)")
+    add("--monitor", default=True, type=switch, help="0: run bare, without stabilitykit's monitor")
+    add("--stop_after", default=0, type=whole, help="end after so many tasks")
+    add("--num_threads", default=0, type=whole, help="threads of one operation, 0 for PyTorch's choice")
+    add("--device", default="cpu", choices=["cpu"], help="cpu")
+    add("--non_verbose", default=False, type=switch, nargs="?", const=True, help="no progress")
+    add("--dataset_config", choices=list(DATASET_CONFIGS), help="xder: 50 epochs of 32, lr x 0.2 at epochs 35 and 45")
+
+
+def _add_training(parser: Parser) -> None:
+    group = parser.add_argument_group("network and optimizer")
+    add = group.add_argument
+    add("--backbone", default="resnet8", help="resnet8, reduced-resnet18, resnet18 or mnistmlp")
+    add("--norm", default="batch", help="batch or group")
+    add("--pool", default=1, type=whole, help="average-pool the input by this factor first: 1, 2 or 4")
+    add("--n_epochs", default=1, type=whole, help="per task")
+    add("--batch_size", default=32, type=whole, help="of the stream")
+    add("--drop_last", default=False, type=switch, help="1: leave out a last batch that is smaller")
+    add("--optimizer", default="sgd", help="sgd, adam or adamw")
+    add("--lr", default=0.03, type=number, help="base learning rate")
+    add("--optim_wd", default=0.0, type=number, help="weight decay")
+    add("--optim_mom", default=0.0, type=number, help="momentum of sgd")
+    add("--optim_nesterov", default=False, type=switch, help="1: Nesterov's momentum")
+    add("--lr_scheduler", choices=["multisteplr"], help="within a task")
+    add("--lr_milestones", default=[], type=whole, nargs="+", help="epochs at which multisteplr acts")
+    add("--sched_multistep_lr_gamma", default=0.1, type=number, help="its factor")
+
+
+def _add_replay(parser: Parser) -> None:
+    group = parser.add_argument_group("replay")
+    add = group.add_argument
+    add("--buffer_size", default=200, type=whole, help="slots")
+    add("--minibatch_size", default=None, type=whole, help="samples a draw (the batch size)")
+    add("--alpha", default=0.3, type=number, help="weight of the distillation towards stored logits")
+    add("--beta", default=0.5, type=number, help="weight of the cross-entropy on replays")
+    add("--kd", default="mse", help="mse or kl")
+    add("--kd_temperature", default=2.0, type=number, help="of kl")
+    add("--replay_warmup_tasks", default=0, type=whole, help="tasks without replay: 1 rehearses from the second on")
+    add("--use_causal_sampling", default=1, type=whole, help="importance of a sample: 0 none, 1 heuristic")
+    add("--causal_weight", default=0.3, type=number, help="0 draws evenly, 1 by importance alone")
+    add("--causal_warmup_tasks", default=2, type=whole, help="tasks over which that weight grows")
+    add("--importance_refresh", default=25, type=whole, help="steps between scorings of the whole buffer, 0 never")
+
+
+def _add_guards(parser: Parser) -> None:
+    table = "; ".join(
+        f"{name} = " + " ".join(f"--{flag} {int(value) if isinstance(value, bool) else value}"
+                                for flag, value in on.items())
+        for name, (_, on) in GUARDS.items()
+    )  # fmt: skip
+    group = parser.add_argument_group("the eight guards")
+    add = group.add_argument
+    add("--guards", help=f"all, none, or a list; explicit flags win. {table}")
+    add(
+        "--use_lr_decay",
+        default=False,
+        type=switch,
+        help="1: cosine over tasks, floor 10 %%; see also --lr, --optim_wd",
+    )
+    add("--mixed_precision", default="fp32", type=precision, help="0 or fp32, 1 or bf16, fp16")
+    add(
+        "--amp_scope", default="step", choices=["step", "replay"], help="replay: half precision in replay forwards only"
+    )
+    add(
+        "--disable_amp",
+        default=False,
+        type=switch,
+        nargs="?",
+        const=True,
+        help="float32 whatever --mixed_precision says",
+    )
+    add("--freeze_bn", default=False, type=switch, help="1: freeze BatchNorm's statistics after the first task")
+    add("--sanitise_buffer", default=True, type=switch, help="0: store whatever comes")
+    add("--clamp_logits", default=0.0, type=number, help="clamp stored logits to this magnitude, 0 not at all")
+    add("--buffer_audit_every", default=0, type=whole, help="steps between searches for bad slots, 0 never")
+    add("--isolate_causal", default=True, type=switch, help="0: importance is scored in train mode")
+    add("--validate_step", default=True, type=switch, help="0: no checks of inputs, loss, gradients, weights")
+    add("--on_nonfinite", default="raise", help="raise, skip, rollback or record")
+    add("--max_skips", default=20, type=whole, help="steps lost in a row after which the run ends")
+    add("--clip_grad", default=0.0, type=number, help="largest gradient norm, 0 for no clipping")
+    add("--adaptive_replay_weights", default=False, type=switch, help="1: alpha, beta fall to 50 %% by the last task")
