@@ -34,6 +34,9 @@ check: install
 nanzoo: install
 	$(BIN)/python -m benchmarks.origins
 
+reports: install
+	$(BIN)/python -m benchmarks.gallery
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

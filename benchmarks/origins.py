@@ -1,6 +1,6 @@
 """nanzoo's table: stabilitykit beside what people use today.
 
-    python -m benchmarks.origins [--markdown]
+python -m benchmarks.origins [--markdown]
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"| tool (torch {torch.__version__.split('+')[0]}, CPU, {options.threads} thread) | exact origin | false alarms |")
+    print(
+        f"| tool (torch {torch.__version__.split('+')[0]}, CPU, {options.threads} thread) | exact origin | false alarms |"
+    )
     print("|---|---|---|")
     missed: list[object] = []
     for name, adapter in TOOLS.items():

@@ -1,4 +1,4 @@
-"""What people use today, as nanzoo adapters: a check of the loss, anomaly mode, transformers' DebugUnderflowOverflow."""
+"""What people use today, as nanzoo adapters: a loss check, anomaly mode, transformers' DebugUnderflowOverflow."""
 
 from __future__ import annotations
 

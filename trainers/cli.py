@@ -67,7 +67,11 @@ def configure(args: argparse.Namespace, command: tuple[str, ...]) -> ExperimentC
         network=NetworkConfig(name=args.backbone, norm=args.norm, pool=args.pool),
         trainer=TrainerConfig(num_epochs=args.n_epochs, freeze_bn=args.freeze_bn, stop_after=args.stop_after),
         watch=WatchConfig(
-            monitor=args.monitor, check=args.validate_step, on_nonfinite=args.on_nonfinite, max_skips=args.max_skips
+            monitor=args.monitor,
+            check=args.validate_step,
+            on_nonfinite=args.on_nonfinite,
+            record_every=args.record_every,
+            max_skips=args.max_skips,
         ),
         **_replay(args),
         **_arithmetic(args),

@@ -25,7 +25,7 @@ from trainers.results import Results
 COMMAND = [
     *("--model", "causal-der", "--dataset", "seq-fmnist-mini", "--backbone", "resnet8", "--pool", "2"),
     *("--n_epochs", "2", "--lr", "0.5", "--alpha", "12", "--beta", "24", "--replay_warmup_tasks", "1"),
-    *("--buffer_size", "500", "--seed", "0"),
+    *("--buffer_size", "500", "--record_every", "4", "--seed", "0"),
 ]
 
 

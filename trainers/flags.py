@@ -219,6 +219,7 @@ def _add_guards(parser: Parser) -> None:
     add("--isolate_causal", default=True, type=switch, help="0: importance is scored in train mode")
     add("--validate_step", default=True, type=switch, help="0: no checks of inputs, loss, gradients, weights")
     add("--on_nonfinite", default="raise", help="raise, skip, rollback or record")
+    add("--record_every", default=0, type=whole, help="steps between records of all tensors, 0 as a 2 %% budget allows")
     add("--max_skips", default=20, type=whole, help="steps lost in a row after which the run ends")
     add("--clip_grad", default=0.0, type=number, help="largest gradient norm, 0 for no clipping")
     add("--adaptive_replay_weights", default=False, type=switch, help="1: alpha, beta fall to 50 %% by the last task")

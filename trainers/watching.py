@@ -66,6 +66,7 @@ class WatchConfig:
         monitor: attach stabilitykit's monitor; False runs bare.
         check: look for non-finite values at all; a bare run without it never looks.
         on_nonfinite: `raise`, `skip` (undo the step), `rollback` (to the last good snapshot) or `record` (go on).
+        record_every: steps between records of all tensors; 0 leaves it to the monitor's budget.
         max_skips: steps lost in a row after which the run ends all the same.
         snapshot_every: steps between a bare run's snapshots for `rollback`.
     """
@@ -73,6 +74,7 @@ class WatchConfig:
     monitor: bool = True
     check: bool = True
     on_nonfinite: Policy = "raise"
+    record_every: int = 0
     max_skips: int = 20
     snapshot_every: int = 25
 
@@ -105,7 +107,9 @@ def attach(
         model,
         optimizer,
         run_dir=run_dir,
-        config=stabilitykit.MonitorConfig(seed=seed, max_consecutive_skips=config.max_skips),
+        config=stabilitykit.MonitorConfig(
+            seed=seed, cadence=config.record_every or None, max_consecutive_skips=config.max_skips
+        ),
         on_nonfinite=config.on_nonfinite,
         scaler=scaler if scaler.is_enabled() else None,
         stateful=(buffer, *stateful),
