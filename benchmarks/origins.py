@@ -47,9 +47,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(
-        f"| tool (torch {torch.__version__.split('+')[0]}, CPU, {options.threads} thread) | exact origin | false alarms |"
-    )
+    version = torch.__version__.split("+")[0]
+    print(f"| tool (torch {version}, CPU, {options.threads} thread) | exact origin | false alarms |")
     print("|---|---|---|")
     missed: list[object] = []
     for name, adapter in TOOLS.items():

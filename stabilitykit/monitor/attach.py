@@ -52,6 +52,12 @@ def attach(
         raise UsageError(f"attach: got on_nonfinite={on_nonfinite!r}, expected one of {', '.join(ON_NONFINITE)}")
     if not isinstance(model, nn.Module):
         raise UsageError(f"attach: got a {type(model).__name__} as model, expected a torch.nn.Module")
+    if not isinstance(optimizer, Optimizer | Sequence | None):
+        raise UsageError(
+            f"attach: got a {type(optimizer).__name__} as optimizer, expected a torch.optim.Optimizer or a sequence"
+        )
+    if not isinstance(stateful, Sequence) or any(entry is None for entry in stateful):
+        raise UsageError(f"attach: got stateful={stateful!r:.60}, expected a sequence of objects with state_dict")
     optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer or ())
     if wrong := [type(entry).__name__ for entry in optimizers if not isinstance(entry, Optimizer)]:
         raise UsageError(f"attach: got {wrong[0]} as optimizer, expected a torch.optim.Optimizer or a sequence of them")

@@ -194,7 +194,9 @@ class Ledger:
         terms = {f"loss/{name}": value for name, value in reading.losses.items() if name in names[1:] or name != "loss"}
         self._loss_terms += [name for name in terms if name not in self._loss_terms]
         rates = {f"lr/{group}": rate for group, rate in enumerate(learning_rates) if group > 0}
-        given = {name: float(value) for name, value in self._scalars.items()}
+        given = {
+            name: number for name, value in self._scalars.items() if (number := self._number(name, value)) is not None
+        }
         self._scalars = {}
         values = terms | rates | given
         if not values:
@@ -204,6 +206,14 @@ class Ledger:
         for position, (name, value) in enumerate(values.items()):
             rows[position] = (micro, self.recorder.scalar_id(name), value)
         return rows
+
+    def _number(self, name: str, value: float | Tensor) -> float | None:
+        """The caller's number; None, said once, for what is none."""
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError):
+            self.own_error(TypeError(f"log: got {name}={value!r:.60}, expected a number; it is left out"))
+            return None
 
     def _audit(self, step: int) -> Rows | None:
         every = self._config.audit_every

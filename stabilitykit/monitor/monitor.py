@@ -10,7 +10,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +21,7 @@ from torch.optim import Optimizer
 
 from stabilitykit.config import MonitorConfig
 from stabilitykit.diagnose.conclude import Context
-from stabilitykit.diagnose.hooks import Passed, Symptoms, by_hooks
+from stabilitykit.diagnose.hooks import by_hooks
 from stabilitykit.diagnose.retrace import Subject
 from stabilitykit.errors import NonFiniteError
 from stabilitykit.measure.values import is_finite
@@ -30,10 +29,12 @@ from stabilitykit.monitor.aftermath import Aftermath
 from stabilitykit.monitor.history import History, Step
 from stabilitykit.monitor.inquiry import Inquiry, Outcome, Ran, run_up_step
 from stabilitykit.monitor.ledger import Ledger, Rows
+from stabilitykit.monitor.unwrapped import symptoms
 from stabilitykit.monitor.wording import later_fault, mended_gradients, message, rolled_back, unused_gradients
 from stabilitykit.schema import Diagnosis, Event, RunUpStep
 from stabilitykit.snapshot import RandomStates, TrainingState
 from stabilitykit.watch.buffer import bad_slots
+from stabilitykit.watch.parameters import named_parameters, outline
 from stabilitykit.watch.sentinel import Reading
 from stabilitykit.watch.watch import Watch
 
@@ -207,14 +208,21 @@ class Monitor:
             self._note_unused(ran)
         if ran.reading.mended_gradients:
             self._ledger.event(mended_gradients(ran.reading))
-        self._history.end(ran.reading, seconds)
+        self._settle(ran.reading, seconds)
         self._finish(ran.reading, seconds)
         return ran.outcome()
 
+    def _settle(self, reading: Reading, seconds: float) -> None:
+        try:
+            self._history.end(reading, seconds)
+        except Exception as error:  # noqa: BLE001 - a stateful object of the caller's
+            self._ledger.own_error(error)
+            self._history.forget()
+
     def _watch_all(self) -> None:
         """Put the hooks on the model as it is now."""
-        self._parameters = _named_parameters(self._model, self._optimizers)
-        self._outline = _outline(self._parameters, self._optimizers)
+        self._parameters = named_parameters(self._model, self._optimizers)
+        self._outline = outline(self._parameters, self._optimizers)
         self._subject = Subject(self._model, self._optimizers, self._parameters, self._replay_buffer)
         self._watch = Watch(
             self._model,
@@ -229,7 +237,7 @@ class Monitor:
 
     def _rewatch_if_changed(self) -> None:
         """A head was added, a layer thawed: the hooks of yesterday do not see it."""
-        if _outline(self._parameters, self._optimizers) != self._outline:
+        if outline(self._parameters, self._optimizers) != self._outline:
             self._watch.close()
             self._watch_all()
             self._history.forget()
@@ -246,11 +254,27 @@ class Monitor:
         return True
 
     def _read(self, returned: Any) -> Reading:
-        return self._watch.read(returned, self._losses)
+        try:
+            return self._watch.read(returned, self._losses)
+        except Exception as error:  # noqa: BLE001 - a measurement of ours
+            self._ledger.own_error(error)
+            return Reading(losses={}, stepped=True)
 
     def _finish(self, reading: Reading, seconds: float | None = None, *, skipped: bool = False) -> None:
         """Write the step's rows and go on to the next number."""
         started = time.perf_counter()
+        try:
+            self._record(reading, started - self._started if seconds is None else seconds, skipped=skipped)
+        except Exception as error:  # noqa: BLE001 - a measurement of ours: the step is counted, its rows are lost
+            self._ledger.own_error(error)
+        self._ledger.cost(time.perf_counter() - started)
+        if not skipped:
+            self._num_consecutive = 0
+        if not reading.bad_gradients:
+            self._pending = None
+        self._step_index += 1
+
+    def _record(self, reading: Reading, seconds: float, *, skipped: bool) -> None:
         update = self._watch.update_norm(max(reading.num_backwards - 1, 0))
         rows = self._watch.take_rows()
         largest = self._watch.largest if rows is not None else ("", math.nan)
@@ -259,18 +283,12 @@ class Monitor:
             self._step_index,
             reading,
             rows,
-            seconds=started - self._started if seconds is None else seconds,
+            seconds=seconds,
             learning_rates=[float(g["lr"]) for o in self._optimizers for g in o.param_groups if "lr" in g],
             loss_scale=float(self._scaler.get_scale()) if self._scaler is not None else math.nan,
             update_norm=update,
             skipped=skipped or not reading.stepped,
         )
-        self._ledger.cost(time.perf_counter() - started)
-        if not skipped:
-            self._num_consecutive = 0
-        if not reading.bad_gradients:
-            self._pending = None
-        self._step_index += 1
 
     # A suspicion.
 
@@ -301,7 +319,7 @@ class Monitor:
         context = Context(proof="replayed-differs" if outcome.failure is None else "record", **self._facts())
         self._state.restore(outcome.after)
         stored = bad_slots(self._subject.replay_buffer)
-        return by_hooks(replace(self._symptoms(ran.reading), stored=stored), context)
+        return by_hooks(symptoms(self._watch, ran.reading, stored), context)
 
     def _note_unused(self, ran: Ran) -> None:
         """Gradients are bad and no optimizer stepped: no fault, unless a later step of an accumulation uses them."""
@@ -364,7 +382,7 @@ class Monitor:
         self._num_faults += 1
         self._ledger.event(later_fault(ran.reading))
         if self._policy == "record" or self._diagnosis is None:
-            self._history.end(ran.reading, 0.0)
+            self._settle(ran.reading, 0.0)
             self._finish(ran.reading)
             return ran.returned
         with self._looking_back() as inquiry:
@@ -420,7 +438,7 @@ class Monitor:
         if not reading.suspicious or self._concluded:
             return reading
         self._concluded = True
-        diagnosis = by_hooks(self._symptoms(reading), Context(proof="hooks", **self._facts()))
+        diagnosis = by_hooks(symptoms(self._watch, reading), Context(proof="hooks", **self._facts()))
         self._conclude(diagnosis)
         if self._policy == "raise":
             self._finish(reading, skipped=True)
@@ -429,20 +447,6 @@ class Monitor:
             for parameter in self._parameters.values():
                 parameter.grad = None  # an optimizer passes over parameters without a gradient
         return reading
-
-    def _symptoms(self, reading: Reading) -> Symptoms:
-        inputs, outputs, gradients = ([Passed(*entry) for entry in trail] for trail in self._watch.trail())
-        return Symptoms(
-            inputs=inputs,
-            outputs=outputs,
-            output_gradients=gradients,
-            before=self._watch.bad_before,
-            losses=reading.bad_losses,
-            gradients=reading.bad_gradients,
-            clipped=reading.bad_clipped,
-            parameters=reading.bad_parameters,
-            buffers=reading.bad_buffers,
-        )
 
     def _new_history(self) -> History:
         config = self._config
@@ -453,24 +457,6 @@ class Monitor:
             max_bytes=config.history_bytes,
             rollback_steps=config.rollback_steps,
         )
-
-
-def _named_parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    named: dict[str, Tensor] = dict(model.named_parameters())
-    known = {id(entry) for entry in named.values()}
-    for which, optimizer in enumerate(optimizers):
-        for group_index, group in enumerate(optimizer.param_groups):
-            for position, entry in enumerate(group["params"]):
-                if id(entry) not in known:
-                    named[f"optimizer{which or ''}.group{group_index}[{position}]"] = entry
-                    known.add(id(entry))
-    return named
-
-
-def _outline(parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> tuple[int, int]:
-    """Changes when parameters join an optimizer, or are frozen or thawed."""
-    optimised = sum(len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups)
-    return optimised, sum(entry.requires_grad for entry in parameters.values())
 
 
 def _abandoned(ledger: Ledger, aftermath: Aftermath) -> None:

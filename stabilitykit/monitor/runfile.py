@@ -97,7 +97,11 @@ def _facts(folder: Path, model: nn.Module, config: MonitorConfig) -> dict[str, A
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": _command(),
         "versions": {"python": platform.python_version()} | dict(_versions()),
-        "host": {"platform": f"{platform.system()} {platform.machine()}", "cpu_count": os.cpu_count(), "machine": machine_id()},
+        "host": {
+            "platform": f"{platform.system()} {platform.machine()}",
+            "cpu_count": os.cpu_count(),
+            "machine": machine_id(),
+        },
         "device": str(first.device),
         "num_threads": torch.get_num_threads(),
         "seed": config.seed,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from stabilitykit.config import MonitorConfig
@@ -85,3 +86,22 @@ class ParameterWatch:
     def _add(self, role: Role, phase: Phase, tensors: Mapping[str, Tensor], kind: str, micro: int) -> None:
         for name, tensor in tensors.items():
             self._rows.add(name, role, phase, tensor.detach(), kind=kind, micro=micro)
+
+
+def named_parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+    """The model's parameters by name, then those the optimizers hold beside it."""
+    named: dict[str, Tensor] = dict(model.named_parameters())
+    known = {id(entry) for entry in named.values()}
+    for which, optimizer in enumerate(optimizers):
+        for group_index, group in enumerate(optimizer.param_groups):
+            for position, entry in enumerate(group["params"]):
+                if id(entry) not in known:
+                    named[f"optimizer{which or ''}.group{group_index}[{position}]"] = entry
+                    known.add(id(entry))
+    return named
+
+
+def outline(parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> tuple[int, int]:
+    """Changes when parameters join an optimizer, are frozen or thawed, or a lazy one gets its shape."""
+    optimised = sum(len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups)
+    return optimised, sum(entry.requires_grad + 2 * is_lazy(entry) for entry in parameters.values())

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from stabilitykit.measure.norms import combine, tensor_norms, transfer
@@ -90,7 +91,7 @@ class Sentinel:
         self._handles = [
             entry.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
             for entry in self._parameters.values()
-            if entry.requires_grad and entry.is_leaf
+            if entry.requires_grad and entry.is_leaf and not is_lazy(entry)
         ]
         for optimizer in optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before_update))

@@ -1,0 +1,299 @@
+"""Each rule explains the fault it is for, from a real step; and the step that takes the advice has none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import stabilitykit as sk
+from stabilitykit.diagnose.rules import RULES
+
+pytestmark = pytest.mark.filterwarnings("ignore:std")  # torch warns of the very fault that is planted
+QUIET = sk.MonitorConfig(report=False, compact=False)
+
+
+class Model(nn.Module):
+    """A weight of ones, a buffer, a BatchNorm."""
+
+    def __init__(self, weight: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((4,), weight, dtype=dtype))
+        self.register_buffer("scale", torch.ones(()))
+        self.norm = nn.BatchNorm1d(1)
+
+
+Loss = Callable[[Model, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One step that goes wrong: what it computes, from which batch, and how it is optimised."""
+
+    loss: Loss
+    batch: tuple[float, ...] = (1.0, 2.0, 0.0, 3.0)
+    dtype: torch.dtype = torch.float32
+    weight: float = 1.0
+    optimizer: Callable[..., Optimizer] = torch.optim.SGD
+    options: Mapping[str, Any] = field(default_factory=lambda: {"lr": 0.1})
+    clip: Callable[[Tensor], Tensor] | None = None
+    buffer: Mapping[str, Tensor] | None = None
+    steps: int = 1
+
+    def diagnose(self, run_dir: Path) -> sk.Diagnosis | None:
+        model = Model(self.weight, self.dtype)
+        optimizer = self.optimizer(model.parameters(), **self.options)
+
+        def train_step(batch: Tensor) -> Tensor:
+            optimizer.zero_grad()
+            loss = self.loss(model, batch)
+            loss.backward()
+            if self.clip is not None:
+                model.weight.grad.copy_(self.clip(model.weight.grad))
+            optimizer.step()
+            return loss
+
+        batch = torch.tensor(self.batch, dtype=self.dtype)
+        with sk.attach(
+            model, optimizer, run_dir, config=QUIET, on_nonfinite="record", replay_buffer=self.buffer
+        ) as monitor:
+            step = monitor.replayable(train_step)
+            for _ in range(self.steps):
+                step(batch)
+                if monitor.diagnosis is not None:
+                    break
+        return monitor.diagnosis
+
+
+MEMORY = {"examples": torch.tensor([[1.0] * 4, [math.nan] * 4]), "labels": torch.tensor([0, 1])}
+
+
+def weighted(model: Model, x: Tensor) -> Tensor:
+    return (model.weight * x).sum()
+
+
+def with_norm(model: Model, x: Tensor) -> Tensor:
+    return (model.norm(x[:, None])[:, 0] * model.weight).sum()
+
+
+def masked(model: Model, x: Tensor, hidden: Tensor) -> Tensor:
+    return ((model.weight * x).masked_fill(hidden, -math.inf).softmax(-1) * x).sum()
+
+
+def unit(gradient: Tensor) -> Tensor:
+    return gradient / gradient.norm()
+
+
+def unit_guarded(gradient: Tensor) -> Tensor:
+    return gradient / gradient.norm().clamp_min(1e-6)
+
+
+# name of the rule: the fault it explains, and the same step with its advice taken
+FAULTS: Mapping[str, tuple[Fault, Fault]] = {
+    "bad_sample": (
+        Fault(weighted, batch=(1.0, math.nan, 2.0, 3.0)),
+        Fault(lambda m, x: weighted(m, x.nan_to_num()), batch=(1.0, math.nan, 2.0, 3.0)),
+    ),
+    "bad_buffer_entry": (
+        Fault(lambda m, x: weighted(m, x + MEMORY["examples"][torch.tensor([1])][0]), buffer=MEMORY),
+        Fault(lambda m, x: weighted(m, x + MEMORY["examples"][torch.tensor([0])][0]), buffer=MEMORY),
+    ),
+    "bad_weights": (Fault(weighted, weight=math.nan), Fault(weighted)),
+    "running_statistics": (
+        Fault(with_norm, batch=(1e25, -1e25, 1e25, -1e25)),
+        Fault(lambda m, x: with_norm(m, x.clamp(-1e4, 1e4)), batch=(1e25, -1e25, 1e25, -1e25)),
+    ),
+    "lr_not_finite": (Fault(weighted, options={"lr": math.nan}), Fault(weighted, options={"lr": 0.1})),
+    "divergence": (
+        Fault(lambda m, x: m.weight.square().sum(), options={"lr": 3.0}, steps=80),
+        Fault(lambda m, x: m.weight.square().sum(), options={"lr": 0.3}, steps=80),
+    ),
+    "fully_masked_softmax": (
+        Fault(lambda m, x: masked(m, x, x > -1)),
+        Fault(lambda m, x: masked(m, x, x > 1)),
+    ),
+    "empty_reduction": (
+        Fault(lambda m, x: (m.weight * x)[x > 100].mean()),
+        Fault(lambda m, x: (m.weight * x)[x > 100].sum() / (x > 100).sum().clamp_min(1)),
+    ),
+    "single_sample_variance": (
+        Fault(lambda m, x: (m.weight * x)[:1].std()),
+        Fault(lambda m, x: ((m.weight * x)[:1].var(correction=0) + 1e-8).sqrt()),
+    ),
+    "clip_by_zero_norm": (
+        Fault(lambda m, x: (m.weight * 0).sum(), clip=unit),
+        Fault(lambda m, x: (m.weight * 0).sum(), clip=unit_guarded),
+    ),
+    "derivative_at_edge": (
+        Fault(lambda m, x: torch.where(x > 0, (m.weight * x).sqrt(), 0).sum()),
+        Fault(lambda m, x: torch.where(x > 0, (m.weight * x + 1e-12).sqrt(), 0).sum()),
+    ),
+    "log_domain": (
+        Fault(lambda m, x: (m.weight * x).log().sum()),
+        Fault(lambda m, x: (m.weight * x).clamp_min(1e-12).log().sum()),
+    ),
+    "division_by_zero": (
+        Fault(lambda m, x: (m.weight / x).sum()),
+        Fault(lambda m, x: (m.weight / x.clamp_min(1e-8)).sum()),
+    ),
+    "outside_domain": (
+        Fault(lambda m, x: (m.weight * x + 0.5).acos().sum()),
+        Fault(lambda m, x: (m.weight * x + 0.5).clamp(-1 + 1e-6, 1 - 1e-6).acos().sum()),
+    ),
+    "pole": (
+        Fault(lambda m, x: (m.weight * x).pow(-0.5).sum()),
+        Fault(lambda m, x: (m.weight * x).clamp_min(1e-6).pow(-0.5).sum()),
+    ),
+    "loss_scale": (
+        Fault(lambda m, x: weighted(m, x).float() * 1e6, dtype=torch.float16),
+        Fault(lambda m, x: weighted(m, x).float() * 1e3, dtype=torch.float16, options={"lr": 1e-5}),
+    ),
+    "narrow_overflow": (
+        Fault(lambda m, x: (m.weight * x * 300 * 300).sum(), dtype=torch.float16),
+        Fault(lambda m, x: (m.weight.float() * x * 300 * 300).sum() / 1e4, dtype=torch.float16),
+    ),
+    "exp_overflow": (
+        Fault(lambda m, x: (m.weight * x * 100).exp().sum()),
+        Fault(lambda m, x: (m.weight * x * 100).clamp(max=20).exp().sum()),
+    ),
+    "overflow": (
+        Fault(lambda m, x: (m.weight * x).square().mean(), batch=(1e30, 1.0, 1.0, 1.0)),
+        Fault(
+            lambda m, x: nn.functional.smooth_l1_loss(m.weight * x, torch.zeros(4)),
+            batch=(1e30, 1.0, 1.0, 1.0),
+            options={"lr": 1e-30},
+        ),
+    ),
+    "optimizer_eps": (
+        Fault(lambda m, x: (m.weight * 0).sum(), optimizer=torch.optim.Adam, options={"eps": 0.0}),
+        Fault(lambda m, x: (m.weight * 0).sum(), optimizer=torch.optim.Adam, options={"eps": 1e-8}),
+    ),
+    "update_overflow": (
+        Fault(lambda m, x: weighted(m, x) * 1e3, options={"lr": 1e38}),
+        Fault(lambda m, x: weighted(m, x) * 1e3, options={"lr": 1e-3}),
+    ),
+}
+
+
+def test_every_rule_but_those_with_a_test_of_their_own_is_in_the_table() -> None:
+    assert {rule.name for rule in RULES} - {"bad_state"} == set(FAULTS)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_rule_explains_its_fault(name: str, tmp_path: Path) -> None:
+    fault, _ = FAULTS[name]
+
+    diagnosis = fault.diagnose(tmp_path / "run")
+
+    assert diagnosis is not None
+    assert diagnosis.rule == name
+    assert diagnosis.cause
+    assert diagnosis.remedies
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_step_that_takes_the_advice_is_healthy(name: str, tmp_path: Path) -> None:
+    _, healed = FAULTS[name]
+
+    assert healed.diagnose(tmp_path / "run") is None
+
+
+def test_a_buffer_that_was_bad_when_the_step_began_is_explained_as_such(tmp_path: Path) -> None:
+    model = Model(1.0, torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def train_step() -> Tensor:
+        optimizer.zero_grad()
+        loss = (model.weight * model.scale).sum()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    with sk.attach(model, optimizer, tmp_path / "run", config=QUIET, on_nonfinite="record") as monitor:
+        step = monitor.replayable(train_step)
+        step()
+        model.scale.fill_(math.nan)  # between two steps
+        step()
+
+    assert monitor.diagnosis is not None
+    assert (monitor.diagnosis.rule, monitor.diagnosis.origin.tensor) == ("bad_state", "scale")
+
+
+NEIGHBOURS: Mapping[str, tuple[Fault, str]] = {
+    "a square that overflows is not outside its domain": (FAULTS["overflow"][0], "overflow"),
+    "a log that was masked fails in its derivative": (
+        Fault(lambda m, x: torch.where(x > 0, (m.weight * x).log(), 0).sum()),
+        "derivative_at_edge",
+    ),
+    "a log of zero in half precision did not overflow": (
+        Fault(lambda m, x: (m.weight * x).log().sum(), dtype=torch.float16),
+        "log_domain",
+    ),
+    "a softmax of a bad sample is not fully masked": (
+        Fault(lambda m, x: (m.weight * x).softmax(-1)[0], batch=(1.0, math.nan, 2.0, 3.0)),
+        "bad_sample",
+    ),
+    "an overflow without growth is no divergence": (
+        Fault(lambda m, x: (m.weight * x).square().mean(), batch=(1e30, 1.0, 1.0, 1.0), steps=4),
+        "overflow",
+    ),
+    "a mean over something that is nan already is not empty": (
+        Fault(lambda m, x: (m.weight * x).mean(), batch=(math.nan, 1.0, 1.0, 1.0)),
+        "bad_sample",
+    ),
+    "a sum that overflows to inf by division with a tiny number is not a division by zero": (
+        Fault(lambda m, x: (m.weight * 1e20 / x).sum(), batch=(1e-30, 1.0, 1.0, 1.0)),
+        "overflow",
+    ),
+    "an update of Adam with an epsilon that overflows is not for want of it": (
+        Fault(weighted, batch=(1e-3,) * 4, weight=-3.39e38, optimizer=torch.optim.Adam, options={"lr": 3e37}),
+        "update_overflow",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_a_rule_leaves_its_neighbours_faults_alone(name: str, tmp_path: Path) -> None:
+    fault, rule = NEIGHBOURS[name]
+
+    diagnosis = fault.diagnose(tmp_path / "run")
+
+    assert diagnosis is not None
+    assert diagnosis.rule == rule
+
+
+def test_names_are_unique_and_every_rule_says_what_it_means_and_what_to_do() -> None:
+    names = [rule.name for rule in RULES]
+
+    assert len(set(names)) == len(names)
+    assert all(type(rule).__doc__ for rule in RULES)
+    assert all(rule.remedies or type(rule).advise is not RULES[0].__class__.advise for rule in RULES)
+
+
+@pytest.mark.parametrize(
+    ("name", "fact"),
+    [
+        ("narrow_overflow", "Its largest magnitude would have been 81000; float16 ends at 65504."),
+        ("division_by_zero", "1 of the denominators were 0."),
+        ("lr_not_finite", "lr = nan."),
+        ("optimizer_eps", "Adam has eps = 0."),
+        ("update_overflow", "SGD with lr = 1e+38"),
+        ("divergence", "It began at step 0: loss 4, gradient norm 4;"),
+    ],
+)
+def test_the_cause_ends_in_the_numbers_of_the_case(name: str, fact: str, tmp_path: Path) -> None:
+    fault, _ = FAULTS[name]
+    if name == "narrow_overflow":
+        fault = Fault(fault.loss, batch=(0.9, 0.5, 0.1, 0.2), dtype=torch.float16)
+
+    diagnosis = fault.diagnose(tmp_path / "run")
+
+    assert diagnosis is not None
+    assert fact in diagnosis.cause

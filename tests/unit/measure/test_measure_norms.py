@@ -1,0 +1,87 @@
+"""L2 norms of many tensors: one kernel, one transfer, nothing left out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from stabilitykit.measure.norms import combine, tensor_norms, transfer
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(nested tensors|ComplexHalf|Sparse|quantize)")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@given(parts=st.lists(st.lists(st.floats(min_value=-100, max_value=100), max_size=8), max_size=5))
+def test_each_norm_agrees_with_the_root_of_the_squares(dtype: torch.dtype, parts: list[list[float]]) -> None:
+    tensors = [torch.tensor(part, dtype=dtype) for part in parts]
+
+    norms = transfer(tensor_norms(tensors))
+
+    naive = [math.hypot(*tensor.double().tolist()) for tensor in tensors]
+    assert norms == pytest.approx(naive, rel=4 * torch.finfo(dtype).eps, abs=1e-2 if dtype in FLOATS[:2] else 1e-15)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_bad_number_carries_through(dtype: torch.dtype, bad: float) -> None:
+    tensors = [torch.ones(3, dtype=dtype), torch.tensor([1.0, bad], dtype=dtype)]
+
+    good, spoilt = transfer(tensor_norms(tensors))
+
+    assert math.isfinite(good)
+    assert not math.isfinite(spoilt)
+
+
+def test_tensors_of_several_dtypes_and_layouts_keep_their_places() -> None:
+    tensors = [
+        torch.tensor([3.0, 4.0]),
+        torch.tensor([3.0, 4.0], dtype=torch.float16),
+        torch.tensor([3 + 4j]),
+        torch.tensor([0.0, 5.0]).to_sparse(),
+        torch.ones(4, dtype=torch.int64),
+        nn.Parameter(torch.tensor([-5.0])),
+        torch.empty(0),
+    ]
+
+    assert transfer(tensor_norms(tensors)) == [5.0, 5.0, 5.0, 5.0, 0.0, 5.0, 0.0]
+
+
+def test_no_tensors_have_no_norms() -> None:
+    assert transfer(tensor_norms([])) == []
+
+
+def test_every_readable_kind_has_a_norm(readable: Tensor) -> None:
+    (norm,) = transfer(tensor_norms([readable]))
+
+    assert math.isfinite(norm)
+
+
+def test_what_cannot_be_read_has_the_norm_of_nothing(nothing_to_read: Tensor) -> None:
+    assert transfer(tensor_norms([nothing_to_read])) == [0.0]
+
+
+def test_a_strided_nested_tensor_has_a_norm() -> None:
+    nested = torch.nested.nested_tensor([torch.tensor([3.0]), torch.tensor([0.0, 4.0])])
+
+    assert transfer(tensor_norms([nested])) == [5.0]
+
+
+@given(norms=st.lists(st.floats(min_value=0, max_value=1e300), max_size=10))
+def test_the_whole_is_combined_from_its_parts_without_overflow(norms: list[float]) -> None:
+    whole = combine(norms)
+
+    scale = max(norms, default=0.0)
+    naive = scale * math.sqrt(math.fsum((norm / scale) ** 2 for norm in norms)) if scale else 0.0
+    assert whole == pytest.approx(naive, rel=1e-9)
+
+
+def test_a_nan_part_makes_the_whole_nan_and_an_infinite_one_infinite() -> None:
+    assert math.isnan(combine([1.0, math.nan]))
+    assert combine([1.0, math.inf]) == math.inf

@@ -1,0 +1,227 @@
+"""What attach accepts, what it refuses and how it says so."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import stabilitykit as sk
+from stabilitykit.config import PRESETS
+
+F1 = pytest.mark.xfail(reason="F1: a bare TypeError, or silence", strict=True)
+F2 = pytest.mark.xfail(reason="F2: hooks are put on parameters that are not there yet", strict=True)
+QUIET = sk.MonitorConfig(report=False, compact=False)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return nn.Linear(2, 2)
+
+
+def hooks(model: nn.Module) -> int:
+    return len(model._forward_hooks) + len(model._forward_pre_hooks)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"model": 3}, "attach: got a int as model, expected a torch.nn.Module"),
+        pytest.param({"optimizer": 3.5}, "attach: got", marks=F1),
+        ({"optimizer": "adam"}, "attach: got str as optimizer, expected a torch.optim.Optimizer"),
+        ({"optimizer": [3]}, "attach: got int as optimizer, expected a torch.optim.Optimizer"),
+        ({"on_nonfinite": "explode"}, "attach: got on_nonfinite='explode', expected one of raise, skip"),
+        ({"config": "huge"}, "attach: got config 'huge', expected a MonitorConfig or one of light, default, full"),
+        ({"stateful": [object()]}, "attach: got a stateful object, expected state_dict"),
+        pytest.param({"stateful": [None]}, "attach: got", marks=F1),
+        ({"replay_buffer": object()}, "expected"),
+        ({"scaler": object()}, "expected"),
+        pytest.param({"stateful": 3}, "expected", marks=F1),
+        ({"config": 3}, "attach: got config 3, expected"),
+    ],
+    ids=str,
+)
+def test_an_argument_that_cannot_be_right_is_refused_in_one_clear_line(
+    arguments: dict[str, Any], complaint: str, tmp_path: Path, model: nn.Module
+) -> None:
+    given = {"model": model, "run_dir": tmp_path / "run", "config": QUIET} | arguments
+
+    with pytest.raises(sk.UsageError, match=complaint) as caught:
+        sk.attach(**given).close()
+
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"cadence": 0}, "got cadence=0, expected at least 1"),
+        ({"budget": -0.1}, "got budget=-0.1, expected at least 0"),
+        ({"budget": float("nan")}, "got budget=nan, expected at least 0"),
+        ({"max_consecutive_skips": 0}, "got max_consecutive_skips=0, expected at least 1"),
+        ({"snapshot_every": 0}, "got snapshot_every=0, expected at least 1"),
+        ({"replays": -1}, "got replays=-1, expected at least 0"),
+    ],
+    ids=str,
+)
+def test_an_option_out_of_its_range_is_refused_with_the_range(options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(sk.UsageError, match=complaint):
+        sk.MonitorConfig(**options)
+
+
+def test_an_option_that_does_not_exist_is_refused_with_those_that_do() -> None:
+    with pytest.raises(sk.UsageError, match=r"got cadense, expected one of .*cadence"):
+        QUIET.replace(cadense=3)
+
+
+def test_the_presets_cost_more_and_record_more_in_this_order() -> None:
+    assert list(PRESETS) == ["light", "default", "full"]
+    assert PRESETS["light"].cadence > PRESETS["full"].cadence == 1
+    assert sk.MonitorConfig.of(None) == PRESETS["default"] == sk.MonitorConfig()
+
+
+def test_a_run_folder_that_holds_a_run_is_refused_and_left_as_it_was(tmp_path: Path, model: nn.Module) -> None:
+    sk.attach(model, None, tmp_path / "run", config=QUIET).close()
+    before = (tmp_path / "run" / "run.json").read_bytes()
+
+    with pytest.raises(sk.RunFolderError, match=r"holds the run of .*resume=True"):
+        sk.attach(model, None, tmp_path / "run", config=QUIET)
+
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+    assert hooks(model) == 0
+
+
+def test_a_run_can_be_resumed_as_its_next_attempt(tmp_path: Path, model: nn.Module) -> None:
+    sk.attach(model, None, tmp_path / "run", config=QUIET).close()
+
+    sk.attach(model, None, tmp_path / "run", config=QUIET.replace(resume=True)).close()
+
+    attempts = json.loads((tmp_path / "run" / "run.json").read_text())["attempts"]
+    assert [entry["attempt"] for entry in attempts] == [0, 1]
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path, model: nn.Module) -> None:
+    (tmp_path / "run").write_text("not a folder")
+
+    with pytest.raises(sk.RunFolderError, match="expected one that can be written; choose another run_dir"):
+        sk.attach(model, None, tmp_path / "run", config=QUIET)
+
+    assert hooks(model) == 0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, model: nn.Module) -> None:
+    tmp_path.chmod(0o500)
+
+    with pytest.raises(sk.RunFolderError, match="expected one that can be written"):
+        sk.attach(model, None, tmp_path / "run", config=QUIET)
+
+
+def test_a_damaged_run_json_is_refused(tmp_path: Path, model: nn.Module) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{")
+
+    with pytest.raises(sk.RunFolderError, match="run folder"):
+        sk.attach(model, None, tmp_path / "run", config=QUIET)
+
+
+def test_without_a_run_folder_one_is_made_from_the_time(
+    tmp_path: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    monitors = [sk.attach(model, config=QUIET) for _ in range(2)]
+    folders = {monitor.run_dir for monitor in monitors}
+    for monitor in monitors:
+        monitor.close()
+
+    assert len(folders) == 2
+    assert all(folder.parent == Path("runs") and (folder / "run.json").exists() for folder in folders)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Sequential(),
+        lambda: nn.Linear(2, 2).requires_grad_(False),
+        lambda: nn.Linear(2, 2, device="meta"),
+        pytest.param(lambda: nn.LazyLinear(2), marks=F2),
+        lambda: nn.Linear(2, 2).half(),
+        lambda: nn.Linear(2, 2, dtype=torch.complex64),
+        lambda: nn.EmbeddingBag(3, 2, sparse=True),
+    ],
+    ids=["empty", "frozen", "meta", "lazy", "half", "complex", "embedding"],
+)
+def test_every_kind_of_model_can_be_attached(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    with sk.attach(build(), None, tmp_path / "run", config=QUIET) as monitor:
+        assert monitor.diagnosis is None
+
+
+def test_several_optimizers_are_watched(tmp_path: Path) -> None:
+    one, two = nn.Linear(1, 1), nn.Linear(1, 1)
+    model = nn.ModuleList([one, two])
+    optimizers = [torch.optim.SGD(one.parameters(), lr=0.1), torch.optim.Adam(two.parameters(), lr=0.2)]
+
+    def step() -> torch.Tensor:
+        for part, optimizer in zip(model, optimizers, strict=True):
+            optimizer.zero_grad()
+            part(torch.ones(1, 1)).sum().backward()
+            optimizer.step()
+        return torch.zeros(())
+
+    with sk.attach(model, optimizers, tmp_path / "run", config=QUIET) as monitor:
+        monitor.replayable(step)()
+
+    steps = sk.open_run(tmp_path / "run").steps()
+    assert (steps["lr"][0], steps["lr/1"][0]) == (0.1, 0.2)
+    assert monitor.step_index == 1
+
+
+def test_closing_twice_is_harmless_and_the_ending_is_told(tmp_path: Path, model: nn.Module) -> None:
+    monitor = sk.attach(model, None, tmp_path / "run", config=QUIET)
+
+    monitor.close()
+    monitor.close()
+
+    assert sk.open_run(tmp_path / "run").ending == "completed"
+
+
+def test_a_block_left_by_an_exception_ends_the_run_as_raised(tmp_path: Path, model: nn.Module) -> None:
+    with pytest.raises(KeyError), sk.attach(model, None, tmp_path / "run", config=QUIET):
+        raise KeyError("lost")
+
+    run = sk.open_run(tmp_path / "run")
+    assert run.ending == "raised"
+    assert "lost" in run.ending_facts["error"]
+
+
+def test_what_the_caller_logs_is_in_the_record_with_the_step_it_belongs_to(tmp_path: Path, model: nn.Module) -> None:
+    with sk.attach(model, None, tmp_path / "run", config=QUIET) as monitor:
+
+        def train_step(value: float) -> torch.Tensor:
+            monitor.log_loss(ce=torch.tensor(value), kl=0.5)
+            monitor.log(accuracy=value / 2, task=int(value))
+            return torch.tensor(value + 0.5)
+
+        step = monitor.replayable(train_step)
+        for value in (1.0, 2.0):
+            step(value)
+        monitor.log_event("guard", "acted", severity="warning", subject="loss", times=3)
+        monitor.note(results={"class_il": 0.5})
+
+    run = sk.open_run(tmp_path / "run")
+    steps, events = run.steps(), run.events()
+    assert list(steps["loss"]) == [1.5, 2.5]
+    assert list(steps["loss/ce"]) == [1.0, 2.0]
+    assert list(steps["accuracy"]) == [0.5, 1.0]
+    assert list(steps["task"]) == [1, 2]
+    assert list(events["kind"]) == ["task", "task", "guard"]
+    assert run.meta["results"] == {"class_il": 0.5}

@@ -1,0 +1,172 @@
+"""A fault of our own never becomes a fault of the training: one warning, one event, the same bits."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stabilitykit as sk
+
+FULL = sk.MonitorConfig(report=False, compact=False, cadence=1, optimizer_state=True, audit_every=1, snapshot_every=1)
+
+MEASUREMENTS = {
+    "a row's statistics": "stabilitykit.watch.rows.statistics",
+    "the rows of a step": "stabilitykit.watch.rows._row",
+    "the norms of a trail": "stabilitykit.watch.modules.tensor_norms",
+    "the sentinel's norms": "stabilitykit.watch.sentinel.tensor_norms",
+    "the sentinel's transfer": "stabilitykit.watch.sentinel.transfer",
+    "the norm of an update": "stabilitykit.watch.parameters.tensor_norms",
+    "the buffer's audit": "stabilitykit.monitor.ledger.full_audit",
+    "a snapshot": "stabilitykit.snapshot.TrainingState.capture",
+    "a step's random state": "stabilitykit.snapshot.TrainingState.moment",
+    "a step's fingerprint": "stabilitykit.snapshot.TrainingState.fingerprint",
+}
+ONLY = {  # a trail is kept for want of a replay, a state for the sake of one
+    "the norms of a trail": "blocks",
+    "a snapshot": "replayable",
+    "a step's random state": "replayable",
+    "a step's fingerprint": "replayable",
+}
+CASES = [(name, mode) for name in MEASUREMENTS for mode in ("replayable", "blocks") if ONLY.get(name, mode) == mode]
+UNGUARDED = (
+    "a row's statistics",
+    "the rows of a step",
+    "the sentinel's norms",
+    "the sentinel's transfer",
+    "the norm of an update",
+    "a step's fingerprint",
+)
+
+
+class Broken(Exception):
+    """What a measurement of ours raises."""
+
+
+def training() -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+
+    def step(batch: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = model(batch).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return model, optimizer, step
+
+
+def outcome(model: nn.Module, losses: list[Tensor]) -> list[bytes]:
+    return [entry.numpy(force=True).tobytes() for entry in (*losses, *model.parameters(), torch.get_rng_state())]
+
+
+def fail(*_args: Any, **_kwargs: Any) -> None:
+    raise Broken("ours")
+
+
+def break_(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, _, name = target.rpartition(".")
+    try:
+        owner = importlib.import_module(module)
+    except ModuleNotFoundError:
+        outer, _, kind = module.rpartition(".")
+        owner = getattr(importlib.import_module(outer), kind)
+    assert hasattr(owner, name)
+    monkeypatch.setattr(owner, name, fail)
+
+
+@pytest.mark.parametrize(("measurement", "mode"), CASES)
+def test_training_goes_on_bit_for_bit_when_a_measurement_of_ours_fails(
+    measurement: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if measurement in UNGUARDED:
+        request.applymarker(pytest.mark.xfail(reason="E1: measured outside the hooks, unguarded", strict=True))
+    model, _, step = training()
+    batches = [torch.randn(3, 4) for _ in range(4)]
+    expected = outcome(model, [step(batch) for batch in batches])
+    model, optimizer, step = training()
+    batches = [torch.randn(3, 4) for _ in range(4)]
+    buffer = {"examples": torch.zeros(2, 4)}
+
+    with sk.attach(model, optimizer, tmp_path / "run", config=FULL, replay_buffer=buffer) as monitor:
+        break_(MEASUREMENTS[measurement], monkeypatch)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            losses = list(map(monitor.replayable(step) if mode == "replayable" else in_blocks(monitor, step), batches))
+        found = outcome(model, losses)
+
+    assert found == expected
+    said = [str(entry.message) for entry in caught if issubclass(entry.category, RuntimeWarning)]
+    events = sk.open_run(tmp_path / "run").events()
+    assert len(said) == 1
+    assert "ours" in said[0]
+    assert list(events["kind"]).count("own_error") == 1
+    assert monitor.diagnosis is None
+
+
+def in_blocks(monitor: sk.Monitor, step: Any) -> Any:
+    def run(batch: Tensor) -> Tensor:
+        with monitor.step():
+            return step(batch)
+
+    return run
+
+
+def test_a_stateful_object_that_cannot_be_captured_costs_the_replay_and_not_the_training(tmp_path: Path) -> None:
+    class Stubborn:
+        def state_dict(self) -> dict[str, int]:
+            raise Broken("not now")
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            raise AssertionError("never captured")
+
+    model, optimizer, step = training()
+
+    with (
+        sk.attach(model, optimizer, tmp_path / "run", config=FULL, stateful=[Stubborn()]) as monitor,
+        pytest.warns(RuntimeWarning, match="not now"),
+    ):
+        loss = monitor.replayable(step)(torch.randn(3, 4))
+
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("policy", ["record", "skip"])
+def test_a_replay_that_fails_does_not_break_the_run(
+    policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer, step = training()
+    bad = torch.full((3, 4), torch.nan)
+
+    with sk.attach(model, optimizer, tmp_path / "run", config=FULL, on_nonfinite=policy) as monitor:
+        watched = monitor.replayable(step)
+        watched(torch.randn(3, 4))
+        break_("stabilitykit.monitor.inquiry.retrace", monkeypatch)
+        with pytest.warns(RuntimeWarning, match="ours"):
+            watched(bad)
+
+    assert monitor.diagnosis is not None
+    assert monitor.diagnosis.origin.step == 1
+    assert monitor.diagnosis.origin.proof != "replayed"
+
+
+@pytest.mark.xfail(reason="E1: a scalar that is no number raises when the step's row is written", strict=True)
+def test_scalars_that_are_no_numbers_do_not_break_the_run(tmp_path: Path) -> None:
+    model, optimizer, step = training()
+
+    with (
+        sk.attach(model, optimizer, tmp_path / "run", config=FULL) as monitor,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", RuntimeWarning)
+        monitor.log(accuracy=torch.ones(2), note="text")  # type: ignore[arg-type]
+        loss = monitor.replayable(step)(torch.randn(3, 4))
+
+    assert loss.isfinite()
