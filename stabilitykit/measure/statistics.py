@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stabilitykit.measure.values import values
 
+SQUARES_FIT = 1e30  # a sum of squares below this is far from float32's overflow
 FIELDS = ("nan", "posinf", "neginf", "zeros", "min", "max", "mean", "l2", "subnormal")
 
 
@@ -25,26 +26,29 @@ def statistics(tensor: Tensor) -> Tensor | None:
     if plain is None or plain.numel() == 0:
         return None
     flat = plain.reshape(-1)
+    if flat.device.type == "cpu":
+        low, high = (bound.item() for bound in torch.aminmax(flat))
+        if math.isfinite(low) and math.isfinite(high):
+            return torch.tensor(_of_finite(flat, low, high), dtype=torch.float64)
+    return _with_nonfinite(flat)
+
+
+def _of_finite(flat: Tensor, low: float, high: float) -> tuple[float, ...]:
+    """On the CPU a number costs nothing to look at, and most tensors are finite: five passes instead of twelve."""
+    zeros = flat.numel() - int(torch.count_nonzero(flat))
     tiny = torch.finfo(flat.dtype).tiny
-    low, high = torch.aminmax(flat)
+    magnitudes = flat.abs()
+    some = zeros > 0 or magnitudes.amin().item() < tiny
+    subnormal = int(torch.count_nonzero(magnitudes < tiny)) - zeros if some else 0
+    wide = flat.dtype not in (torch.float32, torch.float64) or max(-low, high) > (SQUARES_FIT / flat.numel()) ** 0.5
+    dtype = torch.float64 if wide else flat.dtype
+    mean, l2 = flat.mean(dtype=dtype).item(), torch.linalg.vector_norm(flat, dtype=dtype).item()
+    return 0, 0, 0, zeros, low, high, mean, l2, subnormal / flat.numel()
+
+
+def _with_nonfinite(flat: Tensor) -> Tensor:
     zeros = flat.numel() - torch.count_nonzero(flat)
-    subnormal = (flat.abs() < tiny).sum() - zeros
-    if flat.device.type == "cpu" and math.isfinite(low.item()) and math.isfinite(high.item()):
-        none = torch.zeros((), dtype=torch.float64)
-        mean, l2 = _moments(flat, max(abs(low.item()), abs(high.item())))
-        parts = [none, none, none, zeros, low, high, mean, l2, subnormal / flat.numel()]
-        return torch.stack([part.to(torch.float64) for part in parts])
-    return _with_nonfinite(flat, zeros, subnormal)
-
-
-def _moments(flat: Tensor, absmax: float) -> tuple[Tensor, Tensor]:
-    """Mean and L2 norm of finite values; in their own dtype where the square cannot overflow, else in float64."""
-    if flat.dtype in (torch.float32, torch.float64) and absmax * absmax * flat.numel() < 1e30:
-        return flat.mean(), torch.linalg.vector_norm(flat)
-    return flat.mean(dtype=torch.float64), torch.linalg.vector_norm(flat, dtype=torch.float64)
-
-
-def _with_nonfinite(flat: Tensor, zeros: Tensor, subnormal: Tensor) -> Tensor:
+    subnormal = (flat.abs() < torch.finfo(flat.dtype).tiny).sum() - zeros
     finite = flat.isfinite()
     count = finite.sum()
     wide = torch.where(finite, flat, 0).double()

@@ -173,6 +173,25 @@ def test_a_step_that_reads_a_clock_is_said_to_differ(snapshot_every: int, tmp_pa
     assert diagnosis.origin.proof == "replayed-differs"
 
 
+class EarlyClock(Story):
+    """The steps before the fault read a clock, in what they return alone; the failing one does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ticks = itertools.count(1)
+
+    def step(self, batch: Tensor) -> Tensor:
+        loss = super().step(batch)
+        return loss if batch.abs().max() > 1e20 else loss + next(self.ticks)
+
+
+@pytest.mark.parametrize(("snapshot_every", "proof"), [(20, "replayed-differs"), (1, "replayed")])
+def test_the_steps_since_the_snapshot_must_be_exact_as_well(snapshot_every: int, proof: str, tmp_path: Path) -> None:
+    diagnosis = diagnosed(EarlyClock(), tmp_path / "run", snapshot_every=snapshot_every)
+
+    assert diagnosis.origin.proof == proof
+
+
 def test_a_batch_that_was_written_into_since_is_said_to_differ(tmp_path: Path) -> None:
     story = Story()
     shared = torch.zeros(6, 4)
