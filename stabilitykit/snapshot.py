@@ -109,7 +109,7 @@ class TrainingState:
     def capture(self) -> Snapshot:
         """Copy the whole state; costs about one pass over parameters, gradients and optimizer state."""
         parameters = self.parameters()
-        buffers = [entry for module in self.modules for entry in module.buffers()]
+        buffers = [entry for module in self.modules for entry in module.buffers() if not is_lazy(entry)]
         self._versioned = [*parameters, *buffers]
         self._moded = [entry for module in self.modules for entry in module.modules()]
         return Snapshot(
@@ -150,8 +150,8 @@ class TrainingState:
     def restore_moment(self, moment: Moment) -> None:
         """Put the cheap part back alone."""
         for optimizer, groups in zip(self.optimizers, moment.hyperparameters, strict=True):
-            for group, held in zip(optimizer.param_groups, groups, strict=True):
-                group.update(copy.deepcopy(held))
+            for group, held in zip(optimizer.param_groups, groups, strict=False):  # a group may have joined since
+                group.update(clone_tree(held))
         moment.random.restore()
 
     def fingerprint(self) -> tuple[int, ...]:

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from stabilitykit.diagnose.graph import Trace
-from stabilitykit.diagnose.trace import Labels, Tracer, watching_backward
+from stabilitykit.diagnose.labels import Labels
+from stabilitykit.diagnose.trace import Tracer, watching_backward
 from stabilitykit.measure.values import is_finite
 from stabilitykit.snapshot import BUFFER_FIELDS, leaves_of, tensors_of
 

@@ -13,7 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stabilitykit.diagnose.arguments import Call
-from stabilitykit.diagnose.graph import Edge, Leaf, LeafKind, Operation, Source, Symptom, Trace
+from stabilitykit.diagnose.graph import Edge, Operation, Source, Symptom, Trace
+from stabilitykit.diagnose.labels import Labels, storage_key
 from stabilitykit.diagnose.site import NOWHERE, Caller, Site, find_caller
 from stabilitykit.measure.summary import bad_rows, summarise
 from stabilitykit.measure.values import is_finite, values
@@ -38,35 +39,6 @@ class _Forward:
     op: str
     module: str
     site: Site
-
-
-class Labels:
-    """Names for the tensors that exist before the step: parameters, module buffers, batch, replay buffer, ..."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[LeafKind, str, Tensor]] = {}
-        self.batch_size: int | None = None
-
-    def add(self, kind: LeafKind, name: str, tensor: Tensor) -> None:
-        """Give `tensor`'s storage a name; the first name wins."""
-        key = storage_key(tensor)
-        if key is not None:
-            self._known.setdefault(key, (kind, name, tensor))
-        if kind == "batch" and self.batch_size is None and tensor.dim() > 0:
-            self.batch_size = len(tensor)
-
-    def kind(self, key: int) -> LeafKind | None:
-        """The kind of tensor that owns the storage, None for one made during the step."""
-        return self._known[key][0] if key in self._known else None
-
-    def name(self, key: int) -> str:
-        """The name of the tensor that owns the storage, empty for one made during the step."""
-        return self._known[key][1] if key in self._known else ""
-
-    def leaf(self, key: int, tensor: Tensor) -> Leaf:
-        """The leaf for a non-finite tensor that no traced operation made."""
-        kind, name, whole = self._known.get(key, ("unknown", "", tensor))
-        return Leaf(kind, name, summarise(whole, name or "a tensor from outside the step"), bad_rows(whole))
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -232,8 +204,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kept: Mapping[int, Tensor],
         derived: bool,
     ) -> Operation:
-        worst = max(bad, key=lambda tensor: tensor.numel())
-        output = summarise(worst, "output")
+        first = bad[0]  # further outputs may be work space that was never written
+        output = summarise(first, "output")
         known = [edge for edge in edges if edge is not None]
         may_be_origin = not any(edge.nan for edge in known)
         caller = find_caller()
@@ -255,11 +227,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             inputs=call.evidence(positions, kept) if may_be_origin else (),
             places_constant=call.places_constant and output.nan == 0,
             scalar=call.nonfinite_scalar,
-            rows=bad_rows(worst),
+            rows=bad_rows(first),
             aside=self._after_backward and not call.differentiable,
             writes=self._written_name(bad),
         )
-        if not known and worst.dtype in (torch.float16, torch.bfloat16):
+        if not known and first.dtype in (torch.float16, torch.bfloat16):
             operation.exact_absmax = call.absmax_in_float64(kept)
         return operation
 
@@ -276,21 +248,21 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return "forward" if caller.recomputed else "backward"
         if derived:
             return "clip"
-        written = [self.labels.kind(key) for key in map(storage_key, call.overwritten) if key is not None]
+        written = [self.labels.kind(tensor) for tensor in call.overwritten]
         return "optimizer" if "parameter" in written and not torch.is_grad_enabled() else "forward"
 
     def _module(self) -> str:
         return next((name for name in reversed(self._stack) if name is not None), "")
 
     def _written_name(self, bad: Sequence[Tensor]) -> str:
-        for key in map(storage_key, bad):
-            if key is not None and self.labels.name(key):
-                return self.labels.name(key)
+        for tensor in bad:
+            if name := self.labels.name(tensor):
+                return name
+            key = storage_key(tensor)
             storage = self._storages.get(key) if key is not None else None
             if storage is not None and storage.gradient:
-                return next(
-                    (n for n, p in self._parameters.items() if p.grad is not None and storage_key(p.grad) == key), ""
-                )
+                gradients = ((n, p.grad) for n, p in self._parameters.items() if p.grad is not None)
+                return next((name for name, gradient in gradients if storage_key(gradient) == key), "")
         return ""
 
     # Storages.
@@ -307,7 +279,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             whole = _whole(tensor)
             if not is_finite(whole):
                 known.source = self.labels.leaf(key, whole)
-            known.gradient = self.labels.kind(key) == "gradient"
+            known.gradient = self.labels.kind(tensor) == "gradient"
         return known
 
     def _edge(self, call: Call, argument: str, tensor: Tensor) -> Edge | None:
@@ -342,21 +314,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tensor
             for argument, tensor in call.inputs
             if argument not in call.declared_writes
-            and self.labels.kind(storage_key(tensor) or 0) == "module_buffer"
+            and self.labels.kind(tensor) == "module_buffer"
             and is_finite(tensor)
         ]
-
-
-def storage_key(tensor: Tensor) -> int | None:
-    """The identity of the memory behind a tensor, None where it has none."""
-    try:
-        if tensor.layout == torch.sparse_coo:
-            tensor = tensor._values()
-        elif tensor.layout != torch.strided:
-            tensor = tensor.values()
-        return int(tensor.untyped_storage()._cdata)
-    except (RuntimeError, NotImplementedError, AttributeError):
-        return None
 
 
 def _reference(tensor: Tensor) -> StorageWeakRef:

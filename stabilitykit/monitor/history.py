@@ -178,7 +178,7 @@ class History:
 
 
 def _versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-    return tuple(tensor._version for _, tensor in tensors_of((args, dict(kwargs))))
+    return tuple(0 if tensor.is_inference() else tensor._version for _, tensor in tensors_of((args, dict(kwargs))))
 
 
 def _smooth(before: float, now: float) -> float:

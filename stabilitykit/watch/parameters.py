@@ -47,7 +47,8 @@ class ParameterWatch:
         if self._config.gradients and self._gradient_versions() != self._measured:
             self._gradients("gradient_clipped", "clip", micro)
         if not self._before:
-            self._before = {name: entry.detach().clone() for name, entry in self._parameters.items()}
+            known = {name: entry for name, entry in self._parameters.items() if not is_lazy(entry)}
+            self._before = {name: entry.detach().clone() for name, entry in known.items()}
 
     def step_ended(self, micro: int) -> float:
         """Measure parameters, updates, optimizer state and module buffers; the L2 norm of the whole update."""
@@ -85,6 +86,8 @@ class ParameterWatch:
 
     def _add(self, role: Role, phase: Phase, tensors: Mapping[str, Tensor], kind: str, micro: int) -> None:
         for name, tensor in tensors.items():
+            if is_lazy(tensor):
+                continue
             self._rows.add(name, role, phase, tensor.detach(), kind=kind, micro=micro)
 
 

@@ -84,10 +84,12 @@ class Sentinel:
         self._persistent = set(model.state_dict(keep_vars=True))
         self._unseen = unseen  # runs a function of ours so that a tracer does not take it for the step's
         self._on_backward, self._on_optimizer, self._after_optimizer = on_backward, on_optimizer, after_optimizer
-        self._known_bad = set(self._bad_buffers())
-        self._unused_bad: set[str] = set()
+        first = self._buffer_norms()
+        self._known_bad = set(_bad(first))
+        self._inf_at_first = {name for name, norm in first.items() if math.isinf(norm)}  # such a one may be reset
         self._after: list[float] | None = None  # parameter norms when the last step ended
-        self.bad_before = _bad(dict(zip(parameters, transfer(tensor_norms(parameters.values())), strict=True)))
+        self.bad_before = [name for name, entry in parameters.items() if not is_finite(entry)]
+        self._unused_bad = set(self.bad_before)  # a bad parameter that is used shows in the loss or in a gradient
         self._handles = [
             entry.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
             for entry in self._parameters.values()
@@ -155,7 +157,8 @@ class Sentinel:
         live = self._buffers()
         bad = {name for name in _bad(states) if name in self._persistent and not is_finite(live[name])}
         self._known_bad &= bad
-        return sorted(bad - self._known_bad)
+        reset = {name for name in bad & self._inf_at_first if not math.isnan(states[name])}
+        return sorted(bad - self._known_bad - reset)
 
     def _confirmed_gradients(self, norms: Mapping[str, float], untouched: bool) -> list[str]:
         """Gradients whose norm is bad, less those where only the norm overflowed, if they are still there to tell."""
@@ -179,9 +182,9 @@ class Sentinel:
         self._known_bad.update(reading.bad_buffers)
         self._unused_bad.update(reading.bad_parameters)
 
-    def _bad_buffers(self) -> list[str]:
+    def _buffer_norms(self) -> dict[str, float]:
         buffers = self._buffers()
-        return _bad(dict(zip(buffers, transfer(tensor_norms(buffers.values())), strict=True)))
+        return dict(zip(buffers, transfer(tensor_norms(buffers.values())), strict=True))
 
     def _buffers(self) -> dict[str, Tensor]:
         """The module buffers as they are now: code may assign one anew."""

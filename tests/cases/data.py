@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from nanzoo import Case, Loop, Truth
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 NAN, INF = float("nan"), float("inf")
@@ -163,7 +163,7 @@ def build_number():
 def build_marker_then_real(bad):
     """Missing targets are NaN in every batch and masked; in one batch an input is NaN as well, and is not."""
     model, batches = network(), plain(9)
-    for x, y in batches:
+    for _, y in batches:
         y[::3] = NAN
     if bad:
         batches[6][0][4, 4] = NAN
@@ -413,7 +413,9 @@ CASES = [
         truth=Truth(healthy=True),
         build=build_weight_unused,
     ),
-    replay("slot_poisoned", "A replay slot is overwritten between two steps", 8, "nan", lambda: build_slot_poisoned(False)),
+    replay(
+        "slot_poisoned", "A replay slot is overwritten between two steps", 8, "nan", lambda: build_slot_poisoned(False)
+    ),
     replay(
         "slot_through_numpy",
         "A replay slot is overwritten through its numpy view",

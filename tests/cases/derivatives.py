@@ -7,9 +7,8 @@ import numpy as np
 import torch
 from nanzoo import Case, Loop, Truth
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
-
 
 INF = float("inf")
 
@@ -29,7 +28,7 @@ def loop(model, batches, loss_of, optimizer=None, stateful=()):
 
 class Root(nn.Module):
     def forward(self, x):
-        return x.square().sum(dim=1).sqrt()  # <origin> checkpoint_reentrant checkpoint_frames checkpoint_segments called_three_times skipped_at_random frozen_encoder compiled_eager compiled_aot compiled_wrapper rng_branch numpy_branch sparse_embedding
+        return x.square().sum(dim=1).sqrt()  # <origin>
 
 
 class Embedder(nn.Module):
@@ -205,7 +204,7 @@ class SafeDivide(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        x, y = ctx.saved_tensors
+        _, y = ctx.saved_tensors
         return gradient / y, None  # <origin> custom_backward_squashed
 
 
@@ -417,7 +416,12 @@ CASES = [
     ),
     root("compiled_eager", "A compiled model", 4, ("length",), lambda: build_compiled("eager", False), COMPILED),
     root(
-        "compiled_aot", "A model compiled through AOT", 4, ("length",), lambda: build_compiled("aot_eager", False), COMPILED
+        "compiled_aot",
+        "A model compiled through AOT",
+        4,
+        ("length",),
+        lambda: build_compiled("aot_eager", False),
+        COMPILED,
     ),
     root(
         "compiled_wrapper",
@@ -429,7 +433,11 @@ CASES = [
     ),
     root("called_three_times", "A module called three times, the third meets a zero", 5, ("length",), build_thrice),
     root(
-        "rng_branch", "A branch drawn from Python's random stream", 1, ("length",), lambda: build_stochastic(random.random)
+        "rng_branch",
+        "A branch drawn from Python's random stream",
+        1,
+        ("length",),
+        lambda: build_stochastic(random.random),
     ),
     root(
         "numpy_branch",

@@ -1,6 +1,7 @@
 """Odd parameters, odd optimizers, odd ways to call torch: what a tool meets at its own edges."""
 
 import copy
+import warnings
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from nanzoo import Case, Loop, Truth
 from torch import nn
 from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 NAN, INF = float("nan"), float("inf")
 
@@ -52,9 +53,13 @@ def build_tanh_policy():
     return loop(model, batches, lambda x, actions: model(x, actions))
 
 
-@torch.jit.script
-def scripted_root(x: torch.Tensor) -> torch.Tensor:
+def log_square(x: torch.Tensor) -> torch.Tensor:
     return torch.log(x * x)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # deprecated, and in much code
+    scripted = torch.jit.script(log_square)
 
 
 class WithScript(nn.Module):
@@ -63,7 +68,7 @@ class WithScript(nn.Module):
         self.body = nn.Linear(5, 3, bias=False)
 
     def forward(self, x):
-        return scripted_root(self.body(x))  # <origin> scripted_function
+        return scripted(self.body(x))  # <origin> scripted_function
 
 
 def build_script():
@@ -172,6 +177,17 @@ def build_lazy():
     return loop(model, labelled(6), lambda x, y: F.cross_entropy(model(x), y), optimizer)
 
 
+def build_lazy_fault():
+    """Lazy layers, trained for a while before the fault."""
+    model = nn.Sequential(nn.LazyLinear(6, bias=False), nn.Tanh(), nn.LazyLinear(4, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def loss_of(x):
+        return model(x).square().sum(1).sqrt().mean()  # <origin> lazy_layers
+
+    return loop(model, zero_rows(8, 4), loss_of, optimizer)
+
+
 class Odd(nn.Module):
     """Parameters and buffers of every kind."""
 
@@ -180,7 +196,7 @@ class Odd(nn.Module):
         self.body = nn.Linear(5, 3)
         self.empty = nn.Parameter(torch.empty(0, 4))
         self.number = nn.Parameter(torch.tensor(3), requires_grad=False)
-        self.double = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.wide = nn.Parameter(torch.ones(3, dtype=torch.float64))
         self.narrow = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
         self.phase = nn.Parameter(torch.ones(3, dtype=torch.complex64))
         self.scalar = nn.Parameter(torch.tensor(0.5))
@@ -191,12 +207,12 @@ class Odd(nn.Module):
         self.register_buffer("codes", torch.ones(3, dtype=torch.int8))
         self.register_buffer("nothing", None)
         self.register_buffer("rotation", torch.ones(3, dtype=torch.complex64))
-        self.register_buffer("half", torch.ones(3, dtype=torch.float16))
+        self.register_buffer("small", torch.ones(3, dtype=torch.float16))
 
     def forward(self, x):
-        out = self.body(x) * self.double.float() + self.narrow.float() * self.scalar
+        out = self.body(x) * self.wide.float() + self.narrow.float() * self.scalar
         out = out + (self.phase * self.rotation).abs() + self.transposed.sum(1) * self.flags
-        return (out * self.codes + self.half.float() * self.number + self.empty.sum(), {"unused": None})
+        return (out * self.codes + self.small.float() * self.number + self.empty.sum(), {"unused": None})
 
 
 def build_odd():
@@ -291,7 +307,7 @@ def build_flat_update():
 class Curved(nn.Module):
     def __init__(self):
         super().__init__()
-        self.factor = nn.Linear(5, 4)
+        self.factor = nn.Linear(5, 4, bias=False)
 
     def forward(self, x):
         gram = self.factor(x)
@@ -299,9 +315,8 @@ class Curved(nn.Module):
 
 
 def build_logdet():
-    """Fewer different rows than dimensions: the determinant is 0."""
+    """A batch of zeros: the determinant is 0."""
     model = Curved()
-    nn.init.zeros_(model.factor.bias)
     batches = [(torch.randn(6, 5),) for _ in range(8)]
     batches[5][0].zero_()
     return loop(model, batches, lambda x: model(x))
@@ -344,7 +359,7 @@ class Generator(nn.Module):
     def pieces(self, x):
         for block in self.blocks:
             x = block(x)
-            yield {"features": x, "energy": x.square().sum(1).add(-1).clamp(min=0)}
+            yield {"features": x, "energy": x.square().sum(1) + 1}
 
     def forward(self, x):
         return [*self.pieces(x)]
@@ -429,6 +444,13 @@ CASES = [
         source="https://github.com/pytorch/pytorch/issues/40497",
         truth=Truth(healthy=True),
         build=build_lazy,
+    ),
+    Case(
+        id="lazy_layers",
+        title="A fault after lazy layers have got their shapes",
+        source="https://github.com/pytorch/pytorch/issues/2421",
+        truth=Truth(step=4, phase="backward", kind=("inf",), module=("",), op=("sqrt",)),
+        build=build_lazy_fault,
     ),
     Case(
         id="healthy_odd_parameters",

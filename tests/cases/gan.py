@@ -188,7 +188,7 @@ def build_healthy():
             generate.zero_grad()
             (-model["critic"](fake).mean()).backward()
             generate.step()
-        return None
+        return
 
     return Loop(model, (judge, generate), batches, train_step)
 

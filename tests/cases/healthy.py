@@ -4,7 +4,7 @@ import torch
 from nanzoo import Case, Loop, Truth
 from torch import nn
 from torch.distributions import Categorical
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 INF, NAN = float("inf"), float("nan")
 
@@ -267,7 +267,12 @@ CASES = [
         SCALER,
         lambda: build_mixed_returns(lambda loss: {"loss": loss, "note": "fine", "best": INF, "none": None}),
     ),
-    healthy("lazy_cache", "A cache of NaN, filled row by row", "https://github.com/NVIDIA/Megatron-LM/issues/6253", build_lazy),
+    healthy(
+        "lazy_cache",
+        "A cache of NaN, filled row by row",
+        "https://github.com/NVIDIA/Megatron-LM/issues/6253",
+        build_lazy,
+    ),
     healthy("packed_padding", "NaN in padding that a packed sequence leaves out", MARKERS, build_padding_rows),
     healthy("scatter_maximum", "A scatter maximum that starts at -inf", MASKS, build_scatter),
     healthy("forbidden_transitions", "A forward algorithm with transitions of -inf", MASKS, build_forward_algorithm),

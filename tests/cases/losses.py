@@ -5,7 +5,7 @@ import math
 import torch
 from nanzoo import Case, Loop, Truth
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 NEG_INF = float("-inf")
 CROSS_ENTROPY = ("cross_entropy", "cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss_forward")

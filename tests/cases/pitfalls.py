@@ -4,7 +4,7 @@ import torch
 from nanzoo import Case, Loop, Truth
 from torch import nn
 from torch.distributions import Categorical, Normal
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 NAN, INF = float("nan"), float("inf")
 
@@ -381,7 +381,7 @@ def build_per_sample():
         scaled = gradients / norms.view(-1, 1, 1)  # <origin> per_sample_gradients
         model.weight.grad = scaled.mean(dim=0).detach()
         optimizer.step()
-        return None
+        return
 
     return Loop(model, optimizer, batches, train_step)
 
@@ -507,9 +507,7 @@ CASES = [
         id="head_added_later",
         title="A head that is added at step 4 overflows in its first update",
         source="https://github.com/NeuroTorch/NeuroTorch/issues/127",
-        truth=Truth(
-            step=4, phase="optimizer", kind=("inf",), tensor=("heads.1.weight", "heads.1.bias"), line=False
-        ),
+        truth=Truth(step=4, phase="optimizer", kind=("inf",), tensor=("heads.1.weight", "heads.1.bias"), line=False),
         build=lambda: build_growing(bad=True),
     ),
     Case(

@@ -5,7 +5,7 @@ import copy
 import torch
 from nanzoo import Case, Loop, Truth
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 INF, NAN = float("inf"), float("nan")
 

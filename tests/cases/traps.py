@@ -3,7 +3,7 @@
 import torch
 from nanzoo import Case, Loop, Truth
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 NAN, INF = float("nan"), float("inf")
 
@@ -239,7 +239,7 @@ def build_carried():
 
 
 def build_tensor_kinds():
-    """Batches with sparse, nested, complex, integer, empty, half and inference-mode tensors, and things that are none."""
+    """Batches with sparse, nested, complex, empty, half and inference-mode tensors, and things that are none."""
     model = nn.ModuleDict({"body": nn.Linear(5, 3), "mix": nn.Linear(3, 3)})
     with torch.inference_mode():
         goals = [torch.randn(6, 3) for _ in range(8)]
@@ -362,7 +362,12 @@ def healthy(identifier, title, source, build):
 
 CASES = [
     backward(
-        "where_division", "x / 0 in the branch torch.where does not take", 5, "ratio", "div", lambda: build_ratio(Ratio())
+        "where_division",
+        "x / 0 in the branch torch.where does not take",
+        5,
+        "ratio",
+        "div",
+        lambda: build_ratio(Ratio()),
     ),
     backward(
         "masked_division", "x / 0, filled with 0 afterwards", 5, "ratio", "div", lambda: build_ratio(MaskedRatio())
@@ -436,7 +441,12 @@ CASES = [
         truth=Truth(step=6, phase="forward", kind=("inf",), module=("",), op=("mul", "square", "pow")),
         build=build_carried,
     ),
-    healthy("tensor_kinds", "Batches of every kind of tensor", "https://github.com/pytorch/pytorch/issues/40497", build_tensor_kinds),
+    healthy(
+        "tensor_kinds",
+        "Batches of every kind of tensor",
+        "https://github.com/pytorch/pytorch/issues/40497",
+        build_tensor_kinds,
+    ),
     healthy("complex_weights", "Complex weights", "https://github.com/NEGU93/cvnn/issues/12", build_complex_weights),
     Case(
         id="complex_unit",
@@ -452,7 +462,12 @@ CASES = [
         truth=Truth(step=5, phase="forward", kind=("inf",), module=("",), op=("div",)),
         build=build_inference_teacher,
     ),
-    healthy("clamped_weights", "Weights clamped through .data", "https://github.com/pytorch/pytorch/issues/2534", build_clipped_weights),
+    healthy(
+        "clamped_weights",
+        "Weights clamped through .data",
+        "https://github.com/pytorch/pytorch/issues/2534",
+        build_clipped_weights,
+    ),
     Case(
         id="outside_parameter",
         title="A learned loss weight that is no part of the model",

@@ -137,14 +137,20 @@ def test_a_module_buffer_assigned_anew_is_watched_as_well(step) -> None:
     assert list(watch.watch.read(None, {}).bad_buffers) == ["average"]
 
 
-def test_a_buffer_that_was_infinite_from_the_start_is_watched_once_it_has_been_finite(step) -> None:
+def test_a_buffer_that_was_infinite_from_the_start_may_be_reset_to_inf_but_not_become_nan(step) -> None:
     model, _, watch = step
     model.floor.fill_(1.0)
     watch.watch.read(None, {})
 
     model.floor.fill_(math.inf)
+    reset = watch.watch.read(None, {})
+    model.floor.fill_(1.0)
+    watch.watch.read(None, {})
+    model.floor.fill_(math.nan)
+    spoilt = watch.watch.read(None, {})
 
-    assert list(watch.watch.read(None, {}).bad_buffers) == ["floor"]
+    assert list(reset.bad_buffers) == []
+    assert list(spoilt.bad_buffers) == ["floor"]
 
 
 def test_parameters_that_are_bad_when_the_watch_begins_are_known(watched) -> None:
