@@ -29,7 +29,7 @@ from stabilitykit.monitor.aftermath import Aftermath
 from stabilitykit.monitor.history import History, Step
 from stabilitykit.monitor.inquiry import Inquiry, Outcome, Ran, run_up_step
 from stabilitykit.monitor.ledger import Ledger, Rows
-from stabilitykit.monitor.unwrapped import symptoms
+from stabilitykit.monitor.unwrapped import is_compiled, only_compiled, symptoms
 from stabilitykit.monitor.wording import later_fault, mended_gradients, message, rolled_back, unused_gradients
 from stabilitykit.schema import Diagnosis, Event, RunUpStep
 from stabilitykit.snapshot import RandomStates, TrainingState
@@ -319,7 +319,8 @@ class Monitor:
         context = Context(proof="replayed-differs" if outcome.failure is None else "record", **self._facts())
         self._state.restore(outcome.after)
         stored = bad_slots(self._subject.replay_buffer)
-        return by_hooks(symptoms(self._watch, ran.reading, stored), context)
+        diagnosis = by_hooks(symptoms(self._watch, ran.reading, stored), context)
+        return only_compiled(diagnosis) if outcome.failure is None and is_compiled(self._model) else diagnosis
 
     def _note_unused(self, ran: Ran) -> None:
         """Gradients are bad and no optimizer stepped: no fault, unless a later step of an accumulation uses them."""

@@ -1,12 +1,21 @@
-"""What the hooks saw of a step that cannot be replayed, as the diagnosis by hooks wants it."""
+"""What can be said of a step that was not replayed, or whose replay does not show what the first run had shown."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from torch import nn
+
 from stabilitykit.diagnose.hooks import Passed, Symptoms
+from stabilitykit.schema import Diagnosis
 from stabilitykit.watch.sentinel import Reading
 from stabilitykit.watch.watch import Watch
 
 Stored = tuple[str, tuple[int, ...]]
+ONLY_COMPILED = (
+    "The step was replayed eagerly and stayed finite: the value exists only in the compiled module. Compile with "
+    "another backend to see whose it is, torch.compile(model, backend='aot_eager'), and report it with this step's batch."
+)
 
 
 def symptoms(watch: Watch, reading: Reading, stored: Stored = ("", ())) -> Symptoms:
@@ -24,3 +33,13 @@ def symptoms(watch: Watch, reading: Reading, stored: Stored = ("", ())) -> Sympt
         parameters=reading.bad_parameters,
         buffers=reading.bad_buffers,
     )
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the model or a part of it runs through torch.compile."""
+    return any(hasattr(entry, "_orig_mod") or entry._compiled_call_impl is not None for entry in model.modules())
+
+
+def only_compiled(diagnosis: Diagnosis) -> Diagnosis:
+    """The same, with the cause that the eager replay's silence points to."""
+    return replace(diagnosis, rule="only_compiled", cause=f"{ONLY_COMPILED} {diagnosis.cause}")

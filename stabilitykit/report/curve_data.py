@@ -126,7 +126,7 @@ def _clipped(steps: pd.DataFrame) -> dict[str, pd.Series]:
 
 def _logged(steps: pd.DataFrame) -> list[str]:
     ours = {"attempt", "step", "rank", *(STEP_ROW.names or ())}
-    names = (str(name) for name in steps.columns)
+    names = [str(name) for name in steps.columns if steps[name].count() > 1]  # one value is no curve
     return [name for name in names if name not in ours and not name.startswith(("loss/", "lr/"))]
 
 
