@@ -14,7 +14,7 @@ from stabilitykit.watch.watch import Watch
 Stored = tuple[str, tuple[int, ...]]
 ONLY_COMPILED = (
     "The step was replayed eagerly and stayed finite: the value exists only in the compiled module. Compile with "
-    "another backend to see whose it is, torch.compile(model, backend='aot_eager'), and report it with this step's batch."
+    "another backend to see whose it is, torch.compile(model, backend='aot_eager'), and report it with the batch."
 )
 
 

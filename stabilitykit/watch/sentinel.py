@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from stabilitykit.measure.norms import combine, tensor_norms, transfer
 from stabilitykit.measure.values import is_finite
@@ -208,12 +210,14 @@ class Sentinel:
 
     def _before_update(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         self._stepped = True
-        self._unseen(self._measure_clipped)
+        # Under a dispatch mode, foreach kernels write without moving version counters.
+        self._unseen(partial(self._measure_clipped, bool(_get_current_dispatch_mode_stack())))
         self._unseen(lambda: self._on_optimizer(optimizer))
 
-    def _measure_clipped(self) -> None:
+    def _measure_clipped(self, uncounted: bool) -> None:
         names, gradients = self._gradients()
-        if tuple(entry._version for entry in gradients) != self._gradient_versions or names != self._before[0]:
+        versions = tuple(entry._version for entry in gradients)
+        if uncounted or versions != self._gradient_versions or names != self._before[0]:
             self._clipped = (names, tensor_norms(gradients))
 
     def _after_update(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:

@@ -276,10 +276,6 @@ def derivative_of_acosh_at_one(x: Tensor, bad: Tensor) -> Tensor:
     return torch.acosh(outside)  # origin
 
 
-@fault("backward", "nan inf", "atan2")
-def derivative_of_angle_at_zero(x: Tensor, bad: Tensor) -> Tensor:
-    height, width = positive(x) * (1 - bad), x.tanh() * (1 - bad)
-    return torch.atan2(height, width)  # origin
 
 
 @fault("backward", "nan", "hypot")
