@@ -276,8 +276,6 @@ def derivative_of_acosh_at_one(x: Tensor, bad: Tensor) -> Tensor:
     return torch.acosh(outside)  # origin
 
 
-
-
 @fault("backward", "nan", "hypot")
 def derivative_of_hypotenuse_at_zero(x: Tensor, bad: Tensor) -> Tensor:
     height, width = positive(x) * (1 - bad), x.tanh() * (1 - bad)

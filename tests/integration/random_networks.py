@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -286,8 +287,7 @@ class Network(nn.Module):
         self.calls = [stage.call for stage in recipe.stages]
         self.stem = nn.Linear(INPUTS, widths[0])
         self.adapters = nn.ModuleList(
-            nn.Identity() if before == after else nn.Linear(before, after)
-            for before, after in zip(widths, widths[1:], strict=False)
+            nn.Identity() if before == after else nn.Linear(before, after) for before, after in pairwise(widths)
         )
         at = recipe.faulty_position if recipe.fault and recipe.place in ("block", "inner") else -1
         self.blocks = nn.ModuleList(

@@ -48,14 +48,14 @@ def recipes(draw: DrawFn, *, faulty: bool) -> Recipe:
     )
     if not faulty:
         return recipe
-    fault = dict(
-        fault=one_of(*FAULTS),
-        place=one_of("block", "inner", "loss"),
-        position=draw(st.integers(0, 5)),
-        through=one_of("whole", "chunk", "slice", "strided"),
-        step=draw(st.integers(0, 3)),
-        row=draw(st.integers(0, ROWS - 1)),
-    )
+    fault = {
+        "fault": one_of(*FAULTS),
+        "place": one_of("block", "inner", "loss"),
+        "position": draw(st.integers(0, 5)),
+        "through": one_of("whole", "chunk", "slice", "strided"),
+        "step": draw(st.integers(0, 3)),
+        "row": draw(st.integers(0, ROWS - 1)),
+    }
     return Recipe(**{**vars(recipe), **fault})
 
 

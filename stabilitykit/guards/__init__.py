@@ -1,1 +1,0 @@
-"""The stability guards as parts for any training loop."""
