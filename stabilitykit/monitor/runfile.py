@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
 import json
 import os
 import platform
@@ -141,11 +140,8 @@ def _modules(model: nn.Module) -> Iterable[dict[str, Any]]:
 
 
 def _source(kind: type[nn.Module]) -> dict[str, Any]:
-    """File and line of a module class of the user's own; nothing for torch's."""
-    if kind.__module__.startswith("torch."):
+    """File and line of a module class's forward, for classes of the user's own; nothing for torch's."""
+    code = getattr(kind.forward, "__code__", None)
+    if kind.__module__.startswith("torch.") or code is None:
         return {}
-    try:
-        site = Site(inspect.getfile(kind), inspect.getsourcelines(kind)[1])
-    except (OSError, TypeError):
-        return {}
-    return {"file": site.shown, "line": site.line}
+    return {"file": Site(code.co_filename, code.co_firstlineno).shown, "line": code.co_firstlineno}
