@@ -112,9 +112,11 @@ def bad_numbers(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, 
 
 @contextmanager
 def _plugged(tracer: Tracer, stepped: list[bool]) -> Iterator[None]:
-    def before_step(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def before_step(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         stepped[0] = True
-        tracer.enter_optimizer(closure=any(map(callable, (*args[1:], *kwargs.values()))))
+        tracer.enter_optimizer()
+        given = {key: tracer.outside_update(value) if callable(value) else value for key, value in kwargs.items()}
+        return tuple(tracer.outside_update(entry) if callable(entry) else entry for entry in args), given
 
     def before_backward(roots: list[Tensor]) -> None:
         for root in roots:

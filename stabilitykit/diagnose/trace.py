@@ -20,6 +20,7 @@ from stabilitykit.measure.summary import bad_rows, summarise
 from stabilitykit.measure.values import is_finite, values
 from stabilitykit.schema import Phase
 
+LARGE = 65_536  # numbers of a tensor that is described in full only where it may be an origin
 CHECK_DISTANCE = 4  # operations from `isnan(x)` through `any` and `not` to the number that Python reads
 
 
@@ -58,7 +59,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._storages: dict[int, _Storage] = {}
         self._forwards: dict[int, _Forward] = {}
         self._stack: list[str | None] = []
-        self._in_optimizer = self._closure = self._after_backward = False
+        self._updating = self._after_backward = False
         self._failed: tuple[int, Source | None] = (-1, None)  # index of an operation, and what was bad in it
         self._checked: tuple[int, Source | None] = (-1, None)
         self._read = -1
@@ -89,11 +90,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._after_backward = True
         self.notice_gradients("gradient")
 
-    def enter_optimizer(self, closure: bool) -> None:
+    def enter_optimizer(self) -> None:
         """An optimizer's step starts: a gradient that was bad and has been mended since does no harm."""
         self.symptoms = [entry for entry in self.symptoms if entry.role != "gradient" or self._still_bad(entry.name)]
         self.notice_gradients("gradient_clipped")
-        self._in_optimizer, self._closure = True, closure
+        self._updating = True
 
     def _still_bad(self, name: str) -> bool:
         gradient = self._parameters[name].grad
@@ -102,7 +103,19 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def leave_optimizer(self) -> None:
         """An optimizer's step has ended."""
-        self._in_optimizer = False
+        self._updating = False
+
+    def outside_update(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """A closure that an optimizer was given, run as the step's own code and not as part of the update."""
+
+        def run() -> Any:
+            self._updating = False
+            try:
+                return closure()
+            finally:
+                self.enter_optimizer()
+
+        return run
 
     def notice_gradients(self, role: str) -> None:
         """Look at every parameter's gradient as it is now."""
@@ -205,9 +218,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         derived: bool,
     ) -> Operation:
         first = bad[0]  # further outputs may be work space that was never written
-        output = summarise(first, "output")
         known = [edge for edge in edges if edge is not None]
         may_be_origin = not any(edge.nan for edge in known)
+        output = summarise(first, "output", brief=not may_be_origin and first.numel() > LARGE)
         caller = find_caller()
         phase = self._phase(call, caller, derived)
         node = torch._C._current_autograd_node() if phase == "backward" else None
@@ -234,12 +247,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not known and first.dtype in (torch.float16, torch.bfloat16):
             operation.exact_absmax = call.absmax_in_float64(kept)
         return operation
-
-    @property
-    def _updating(self) -> bool:
-        """Whether an optimizer is at work itself, and not the closure it was given."""
-        in_closure = self._closure and (torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1)
-        return self._in_optimizer and not in_closure
 
     def _phase(self, call: Call, caller: Caller, derived: bool) -> Phase:
         if self._updating:  # also one that steps inside backward, in a hook
@@ -303,7 +310,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _derives_from_gradient(self, call: Call) -> bool:
         """Whether, after backward and outside the optimizer, the operation reads or writes gradients."""
-        if torch._C._current_graph_task_id() != -1 or self._in_optimizer or call.differentiable:
+        if torch._C._current_graph_task_id() != -1 or self._updating or call.differentiable:
             return False
         keys = [storage_key(tensor) for _, tensor in call.inputs]
         return any(key in self._storages and self._storages[key].gradient for key in keys if key is not None)
@@ -343,19 +350,23 @@ def _covers_storage(tensor: Tensor) -> bool:
 
 @contextmanager
 def watching_backward(before: Callable[[list[Tensor]], None], after: Callable[[], None]) -> Iterator[None]:
-    """Report the roots of every backward in the block, and its end.
+    """Report the roots of every backward in the block, and the end of those that leave gradients.
 
-    A backward has no hook for its roots, so `torch.autograd.backward` is wrapped, during a replay only.
+    A backward has no hook for its roots, so `torch.autograd`'s two entry points are wrapped, during a replay only.
     """
-    original = torch.autograd.backward
+    backward, grad = torch.autograd.backward, torch.autograd.grad
 
-    def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+    def watched_backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
         before([tensors] if isinstance(tensors, Tensor) else list(tensors))
-        original(tensors, *args, **kwargs)
+        backward(tensors, *args, **kwargs)
         after()
 
-    torch.autograd.backward = backward
+    def watched_grad(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        before([outputs] if isinstance(outputs, Tensor) else list(outputs))
+        return grad(outputs, *args, **kwargs)
+
+    torch.autograd.backward, torch.autograd.grad = watched_backward, watched_grad
     try:
         yield
     finally:
-        torch.autograd.backward = original
+        torch.autograd.backward, torch.autograd.grad = backward, grad

@@ -12,25 +12,31 @@ from stabilitykit.measure.values import shape_of, values
 from stabilitykit.schema import TensorSummary
 
 
-def summarise(tensor: Tensor, name: str) -> TensorSummary:
+def summarise(tensor: Tensor, name: str, *, brief: bool = False) -> TensorSummary:
     """Counts of NaN, Inf and zeros, and range and mean of the finite values, in float64.
 
     Args:
         tensor: any kind, any dtype; one that `values` cannot read gives name, dtype and shape alone.
         name: how the verdict calls it.
+        brief: count what is not finite, and leave it at that.
     """
     plain = values(tensor)
     dtype = str(tensor.dtype).removeprefix("torch.")
     head = TensorSummary(name=name, dtype=dtype, shape=shape_of(tensor), numel=tensor.numel())
     if plain is None or plain.numel() == 0:
         return head
-    finite = plain[plain.isfinite()].double()
-    low, high = (finite.min().item(), finite.max().item()) if finite.numel() else (math.nan, math.nan)
-    return replace(
+    counted = replace(
         head,
         nan=int(plain.isnan().sum()),
         posinf=int(plain.isposinf().sum()),
         neginf=int(plain.isneginf().sum()),
+    )
+    if brief:
+        return counted
+    finite = plain[plain.isfinite()].double()
+    low, high = (finite.min().item(), finite.max().item()) if finite.numel() else (math.nan, math.nan)
+    return replace(
+        counted,
         zeros=int((plain == 0).sum()),
         min=low,
         max=high,

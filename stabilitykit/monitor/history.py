@@ -66,10 +66,8 @@ class History:
     ) -> None:
         self._state = state
         self._every, self._budget, self._max_bytes = every, budget, max_bytes
-        self._rollback_steps = rollback_steps
-        self._segments: deque[Segment] = deque(
-            maxlen=2
-        )  # the one before the current one is re-run as well, for its record
+        self._rollback_steps = rollback_steps  # 0: nobody will roll back, so no older state is kept
+        self._segments: deque[Segment] = deque(maxlen=2)  # the earlier one is re-run as well, for its record
         self._good: tuple[int, Snapshot] | None = None  # what `rollback` goes back to
         self._next_good: tuple[int, Snapshot] | None = None
         self._fingerprint: tuple[int, ...] = ()
@@ -125,7 +123,7 @@ class History:
         self._segments.clear()
 
     def rewind(self, rerun: Callable[[PastStep], Reading]) -> bool:
-        """Put the state back to the start of the current step.
+        """Put the state back to the start of the current step, and let go of what led there.
 
         Args:
             rerun: runs a past step again and reads it.
@@ -136,7 +134,8 @@ class History:
         assert self._segments, "begin() comes before rewind()"
         exact = True
         current = self._current.steps[-1]
-        for segment in self._segments:
+        while self._segments:
+            segment = self._segments.popleft()
             self._state.restore(segment.snapshot)
             exact = True  # what came before a snapshot does not matter after it
             for past in segment.steps:
@@ -171,6 +170,8 @@ class History:
         return self._state.fingerprint() != self._fingerprint
 
     def _keep_good(self, index: int, snapshot: Snapshot) -> None:
+        if not self._rollback_steps:
+            return
         if self._next_good is None:
             self._good = self._next_good = (index, snapshot)
         elif index - self._next_good[0] >= self._rollback_steps:

@@ -88,17 +88,17 @@ class Inquiry:
             facts: the monitor's part of the diagnosis' context.
             unused: bad gradients count although no optimizer stepped.
         """
-        constants = self._unchanged_constants()
+        intended = self._intended(self._unchanged_constants())
+        current = self.history.recent()[-1]
         after = self.state.capture()
         try:
             exact = self.history.rewind(lambda past: self._rerun(ran.function, past))
             before = self.state.capture()
             self.begin()
-            current = self.history.recent()[-1]
             args, kwargs = current.inputs()
             retraced = retrace(self.subject, ran.function, args, kwargs, unused_gradients=unused)
             again = self.read(current.index, retraced.returned)
-            finding = find_origin(retraced.trace.symptoms, self._intended(constants))
+            finding = find_origin(retraced.trace.symptoms, intended)
         except Exception as error:  # noqa: BLE001 - ours or the step's, on its second run: training goes on
             return Outcome(None, after, after, error)
         same = ran.reading.same_step(again)

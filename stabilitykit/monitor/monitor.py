@@ -456,7 +456,7 @@ class Monitor:
             every=config.snapshot_every,
             budget=config.snapshot_budget,
             max_bytes=config.history_bytes,
-            rollback_steps=config.rollback_steps,
+            rollback_steps=config.rollback_steps if self._policy == "rollback" else 0,
         )
 
 

@@ -328,7 +328,8 @@ def in_an_own_backward(x: Tensor, bad: Tensor) -> Tensor:
 
 @fault("backward", "nan inf", "div")
 def in_a_tensor_hook(x: Tensor, bad: Tensor) -> Tensor:
-    hooked, divisor = x * 1.0, 1 - bad
+    hooked = x * 1.0
+    divisor = (1 - bad).to(x.dtype)
 
     def rescale(gradient: Tensor) -> Tensor:
         return gradient / divisor  # origin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -284,7 +285,8 @@ class Network(nn.Module):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         widths = [recipe.stages[0].width, *(stage.width for stage in recipe.stages)]
-        self.calls = [stage.call for stage in recipe.stages]
+        restricted = recipe.backwards in ("by_hand", "penalty")  # reentrant checkpoints take no torch.autograd.grad
+        self.calls = ["checkpoint" if restricted and s.call == "reentrant" else s.call for s in recipe.stages]
         self.stem = nn.Linear(INPUTS, widths[0])
         self.adapters = nn.ModuleList(
             nn.Identity() if before == after else nn.Linear(before, after) for before, after in pairwise(widths)
@@ -312,7 +314,7 @@ def called(block: nn.Module, h: Tensor, batch: Batch, call: str) -> Tensor:
     if call == "twice":
         return block(block(h, batch), batch)
     if call in ("checkpoint", "reentrant"):
-        return checkpoint(block, h, batch, use_reentrant=call == "reentrant")
+        return checkpoint(block, h, batch, use_reentrant=call == "reentrant" and h.requires_grad)
     return block(h, batch)
 
 
@@ -352,6 +354,10 @@ class Training:
         self.optimizer = OPTIMIZERS[recipe.optimizer](self.model.parameters())
         habits = recipe.habits
         self.scaler = torch.amp.GradScaler("cpu", init_scale=3e38, growth_interval=2) if "scaler" in habits else None
+        self.teacher = copy.deepcopy(self.model) if "teacher" in habits else None
+        if "frozen" in habits:
+            self.model.stem.requires_grad_(False)
+            self.model.blocks[0].requires_grad_(False)
         self.before_update: Callable[[Tensor], None] = lambda _loss: None
         self.batches = [self._batch(step) for step in range(max(recipe.step + 1, 3))]
         torch.manual_seed(recipe.seed + 1)
@@ -373,22 +379,51 @@ class Training:
             structures = {"tuple": tuple(fields.values()), "dict": dict(fields), "list": [[*fields.values()], {}]}
             yield structures.get(self.recipe.batch, batch)
 
+    @property
+    def stateful(self) -> list[object]:
+        """What a step changes beside model and optimizer."""
+        return [entry for entry in (self.scaler, self.teacher) if entry is not None]
+
     def train_step(self, given: Any) -> Any:
         batch = self._unpacked(given)
+        if "closure" in self.recipe.habits and self.scaler is None:
+            loss = self.optimizer.step(lambda: self._gradients(batch))
+        else:
+            loss = self._gradients(batch)
+            self._update()
+        self._afterwards(batch)
+        return {"tensor": loss, "float": loss.item(), "dict": {"loss": loss, "size": ROWS}, "none": None}[
+            self.recipe.returned
+        ]
+
+    def _gradients(self, batch: Batch) -> Tensor:
         self.optimizer.zero_grad(set_to_none="keep_gradients" not in self.recipe.habits)
         loss = self._backward(batch)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         self._clip()
         self.before_update(loss)
+        return loss
+
+    def _update(self) -> None:
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
             self.optimizer.step()
-        return {"tensor": loss, "float": loss.item(), "dict": {"loss": loss, "size": ROWS}, "none": None}[
-            self.recipe.returned
-        ]
+
+    def _afterwards(self, batch: Batch) -> None:
+        """What many steps do when the update is done: average the weights, measure something."""
+        with torch.no_grad():
+            if self.teacher is not None:
+                pairs = zip(self.teacher.parameters(), self.model.parameters(), strict=True)
+                for slow, fast in pairs:
+                    slow.lerp_(fast, 0.1)
+            if "metric" in self.recipe.habits:
+                self.model.eval()
+                none = self.model(batch).argmax(1) == CLASSES
+                _recall = none.sum() / none.sum()  # 0 / 0: nobody uses it
+                self.model.train()
 
     def _unpacked(self, given: Any) -> Batch:
         if isinstance(given, Mapping):
@@ -404,10 +439,18 @@ class Training:
                 self._scaled(loss).backward()
             return torch.stack([loss.detach() for loss in losses]).sum()
         loss = self._loss(batch)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if self.recipe.backwards == "two":
-            penalty = sum(parameter.square().sum() for parameter in self.model.parameters()) * 1e-4
             self._scaled(loss).backward(retain_graph=True)
-            self._scaled(penalty).backward()
+            self._scaled(sum(parameter.square().sum() for parameter in parameters) * 1e-4).backward()
+        elif self.recipe.backwards == "by_hand":
+            gradients = torch.autograd.grad(self._scaled(loss), parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+        elif self.recipe.backwards == "penalty":
+            (slope,) = torch.autograd.grad(loss, self.model.head.weight, create_graph=True)
+            loss = loss + 1e-3 * slope.square().sum()
+            self._scaled(loss).backward()
         else:
             self._scaled(loss).backward()
         return loss
@@ -416,12 +459,17 @@ class Training:
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     def _loss(self, batch: Batch) -> Tensor:
-        prediction = self.model(batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in self.recipe.habits):
+            prediction = self.model(batch)
         if self.recipe.place == "loss" and self.recipe.fault:
             prediction = go_wrong(self.recipe, prediction, batch)
         loss = LOSSES[self.recipe.loss](prediction, batch.labels)
         if "activity" in self.recipe.habits:
             loss = loss + 1e-3 * sum(kept.mean() for kept in self.model.kept)
+        if self.teacher is not None:
+            with torch.no_grad():
+                target = self.teacher(batch).tanh()
+            loss = loss + 0.1 * (prediction - target).square().mean()
         return loss
 
     def _clip(self) -> None:
