@@ -37,6 +37,7 @@ class Context:
     run_up: Sequence[RunUpStep] = ()
     hyperparameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by parameter name
     optimizer: str = ""
+    loss_was_finite: bool = False
     bad_numbers: Sequence[str] = ()  # Python numbers in the batch that are not finite, by path
 
 
@@ -54,6 +55,7 @@ def conclude(finding: Finding, context: Context) -> Diagnosis:
         run_up=context.run_up,
         hyperparameters=context.hyperparameters.get(tensor, {}),
         optimizer=context.optimizer,
+        loss_was_finite=context.loss_was_finite,
     )
     rule, cause, remedies = explain(evidence)
     inputs = finding.origin.inputs if isinstance(finding.origin, Operation) else (finding.origin.summary,)

@@ -200,8 +200,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         if call.name == "lift_fresh":
             self.labels.add("literal", "", call.inputs[0][1])
-        if torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled():
-            return
         if self._updating or not (call.differentiable or not torch.is_grad_enabled()):
             return
         sequence = torch._C._autograd._get_sequence_nr() - 1

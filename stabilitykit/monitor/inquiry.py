@@ -108,6 +108,7 @@ class Inquiry:
             proof="replayed" if exact and same else "replayed-differs",
             batch_size=retraced.trace.batch_size,
             hyperparameters=self._hyperparameters(),
+            loss_was_finite=not any(entry.role in ("loss", "returned") for entry in retraced.trace.symptoms),
             bad_numbers=bad_numbers(ran.args, ran.kwargs),
             optimizer=", ".join(type(entry).__name__ for entry in self.subject.optimizers),
             **facts(),

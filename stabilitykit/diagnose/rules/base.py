@@ -26,7 +26,7 @@ class Evidence:
         run_up: the steps before, oldest first.
         hyperparameters: of the optimizer's group concerned: lr, eps, weight_decay, ...
         optimizer: class name of the optimizer.
-        scaled: a GradScaler is in use.
+        loss_was_finite: only gradients gave the fault away.
     """
 
     finding: Finding
@@ -36,7 +36,7 @@ class Evidence:
     run_up: Sequence[RunUpStep] = ()
     hyperparameters: Mapping[str, object] = field(default_factory=dict)
     optimizer: str = ""
-    scaled: bool = False
+    loss_was_finite: bool = False
 
     @property
     def operation(self) -> Operation | None:
@@ -59,6 +59,13 @@ class Evidence:
     def inputs(self) -> Mapping[str, TensorSummary]:
         """The origin's tensor arguments by name."""
         return {entry.name: entry for entry in (self.operation.inputs if self.operation else ()) if not entry.value}
+
+    @cached_property
+    def numbers(self) -> Mapping[str, float]:
+        """The origin's Python numbers by name."""
+        return {
+            entry.name: float(entry.value) for entry in (self.operation.inputs if self.operation else ()) if entry.value
+        }
 
     @property
     def narrow(self) -> bool:

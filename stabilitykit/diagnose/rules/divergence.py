@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from stabilitykit.diagnose.rules.base import Evidence, Rule
 
 
@@ -32,16 +34,49 @@ class Divergence(Rule):
         )
 
 
+class Overshoot(Rule):
+    """A single update threw the parameters far away, and the next step could not hold what came of it: the step size
+    times the gradient it met was far too large.
+    """
+
+    name = "overshoot"
+    remedies = (
+        "clip the gradient before the step: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)",
+        "lower the learning rate; warm it up over the first steps",
+    )
+
+    def applies(self, evidence: Evidence) -> bool:
+        if evidence.operation is None or len(evidence.run_up) < 2:
+            return False
+        before, last = evidence.run_up[-2:]
+        thrown = last.parameter_norm >= SUDDEN * before.parameter_norm > 0
+        return thrown or abs(last.loss) >= SUDDEN * abs(before.loss) > 0
+
+    def facts(self, evidence: Evidence) -> str:
+        before, last = evidence.run_up[-2:]
+        return (
+            f"From step {before.step:,} to {last.step:,} the loss went from {before.loss:.4g} to {last.loss:.4g} and "
+            f"the norm of the parameters from {before.parameter_norm:.4g} to {last.parameter_norm:.4g}."
+        )
+
+
+SUDDEN = 100.0
+
+
 def onset(evidence: Evidence, factor: float = 100.0) -> int | None:
-    """Position in the run-up from which the loss only grew, by at least `factor` in all; None if it did not."""
+    """Position in the run-up from which the loss grew, by at least `factor` in all; None if it did not.
+
+    Growth may be noisy: it starts at the smallest loss, most steps from there go up, and the last is far above all
+    before.
+    """
     losses = [abs(step.loss) for step in evidence.run_up]
     if len(losses) < 3:
         return None
-    start = len(losses) - 1
-    while start > 0 and losses[start - 1] <= losses[start] * 1.05:
-        start -= 1
-    grown = losses[-1] / losses[start] if losses[start] > 0 else float("inf")
-    return start if len(losses) - start >= 3 and grown >= factor else None
+    start = len(losses) - 1 - min(range(len(losses)), key=lambda back: losses[-1 - back])
+    later = losses[start:]
+    rises = sum(after > before for before, after in pairwise(later))
+    grown = losses[-1] >= factor * losses[start] and losses[-1] >= factor / 10 * max(losses[: start + 1])
+    return start if len(later) >= 3 and grown and rises >= 0.6 * (len(later) - 1) else None
 
 
-RULES = (Divergence(),)
+RULES = (Divergence(), Overshoot())

@@ -2,11 +2,49 @@
 
 from __future__ import annotations
 
+import math
+
+from stabilitykit.diagnose.graph import Operation
 from stabilitykit.diagnose.rules.base import Evidence, Rule
 
 
 def _zeros(evidence: Evidence, *names: str) -> int:
     return sum(evidence.inputs[name].zeros for name in names if name in evidence.inputs)
+
+
+class MaskedTooLate(Rule):
+    """The mask came too late: the loss never saw the value, but backward did.  The branch that torch.where,
+    masked_fill or a clamp discards gets the gradient 0, and 0 times the infinite derivative (or value) of what was
+    discarded is NaN.
+    """
+
+    name = "where_trap"
+    remedies = (
+        "choose before the function: safe = torch.where(mask, x, 1.0); y = torch.where(mask, f(safe), 0.0)",
+        "keep the argument inside the domain before the function is applied: f(x.clamp_min(1e-12))",
+    )
+
+    def applies(self, evidence: Evidence) -> bool:
+        if not evidence.loss_was_finite or not evidence.finding.symptom.role.startswith("gradient"):
+            return False
+        if evidence.phase == "forward":  # an Inf that never reached the loss
+            return True
+        spread = evidence.finding.path[1:3]  # the derivative is Inf, and its product with the gradient 0 is NaN
+        met_zero = evidence.kind == "nan" or any(link.output.nan and not _any_nan(link) for link in spread)
+        return evidence.phase == "backward" and met_zero and _same_node(evidence)
+
+
+def _any_nan(operation: Operation) -> bool:
+    return any(edge.nan for edge in operation.edges)
+
+
+def _same_node(evidence: Evidence) -> bool:
+    """Whether the NaN arose within the derivative of the origin's own function, and not further down."""
+    path = evidence.finding.path
+    turned = next((link for link in path[:3] if link.output.nan), None)
+    if turned is None or (turned is path[0] and turned.op == turned.kernel):  # a backward of the user's own
+        return False
+    return turned.node == path[0].node and turned.site == path[0].site
 
 
 class LogOfZero(Rule):
@@ -20,7 +58,13 @@ class LogOfZero(Rule):
     )
 
     def applies(self, evidence: Evidence) -> bool:
-        return evidence.phase == "forward" and evidence.op in ("log", "log2", "log10", "log1p", "logit", "xlogy")
+        return evidence.phase == "forward" and evidence.op in ("log", "log2", "log10", "log1p", "xlogy")
+
+    def facts(self, evidence: Evidence) -> str:
+        given = evidence.inputs.get("self")
+        if given is None:
+            return ""
+        return f"The argument ranges from {given.min:.4g} to {given.max:.4g}, {given.zeros:,} of it exactly 0."
 
 
 class DivisionByZero(Rule):
@@ -38,7 +82,8 @@ class DivisionByZero(Rule):
             return False
         by_zero = evidence.op in ("div", "true_divide", "remainder", "fmod") and _zeros(evidence, "other") > 0
         of_zero = evidence.op in ("reciprocal", "rsqrt") and _zeros(evidence, "self") > 0
-        return by_zero or of_zero or (evidence.op == "div" and evidence.phase == "backward")
+        by_number = evidence.op == "div" and evidence.numbers.get("other") == 0
+        return by_zero or of_zero or by_number or (evidence.op == "div" and evidence.phase == "backward")
 
     def facts(self, evidence: Evidence) -> str:
         count = _zeros(evidence, "other") or _zeros(evidence, "self")
@@ -66,8 +111,10 @@ class DerivativeAtEdge(Rule):
 
     name = "derivative_at_edge"
 
-    _EDGE = ("sqrt", "rsqrt", "pow", "acos", "asin", "acosh", "atanh", "linalg_vector_norm", "norm", "cdist", "std",
-             "var",             "xlogy", "log", "div", "cdist_forward", "linalg_matrix_norm")  # fmt: skip
+    _EDGE = (
+        "hypot", "sqrt", "rsqrt", "pow", "acos", "asin", "acosh", "atanh", "linalg_vector_norm", "norm", "cdist", "std",
+        "var", "xlogy", "log", "div", "cdist_forward", "linalg_matrix_norm",
+    )  # fmt: skip
 
     def applies(self, evidence: Evidence) -> bool:
         return evidence.phase == "backward" and evidence.op in self._EDGE and not evidence.narrow
@@ -81,9 +128,13 @@ class DerivativeAtEdge(Rule):
             "atanh": "torch.atanh(x.clamp(-1 + 1e-7, 1 - 1e-7))",
             "std": "torch.sqrt(x.var(dim, correction=0) + 1e-8)",
             "div": "a / b.clamp_min(1e-8)",
-        }.get(evidence.op, "torch.sqrt(x.pow(2).sum(dim) + 1e-12)")
+            "log": "x.clamp_min(1e-12).log()",
+            "acosh": "torch.acosh(x.clamp_min(1 + 1e-7))",
+            "linalg_vector_norm": "torch.sqrt(x.pow(2).sum(dim) + 1e-12)",
+            "cdist_forward": "torch.sqrt((a.unsqueeze(1) - b).pow(2).sum(-1) + 1e-12)",
+        }.get(evidence.op)
         return (
-            f"keep the argument inside the domain: {inside}",
+            "keep the argument strictly inside the domain" + (f": {inside}" if inside else ""),
             "guard the input, not the output: safe = torch.where(mask, x, 0.5); y = torch.where(mask, f(safe), 0)",
         )
 
@@ -159,8 +210,67 @@ class Pole(Rule):
         return evidence.phase == "forward" and evidence.kind == "inf" and (at_zero or at_one)
 
 
+class InfinityArithmetic(Rule):
+    """Inf - Inf, 0 * Inf and Inf / Inf are NaN: an Inf that was meant, a mask's, met another Inf or a zero."""
+
+    name = "inf_arithmetic"
+    remedies = (
+        "mask with a large finite number: scores.masked_fill(mask, torch.finfo(scores.dtype).min)",
+        "apply the mask last, with masked_fill or torch.where, and do no arithmetic with it",
+    )
+
+    def applies(self, evidence: Evidence) -> bool:
+        infinite = any(entry.posinf or entry.neginf for entry in evidence.inputs.values())
+        infinite = infinite or any(math.isinf(number) for number in evidence.numbers.values())
+        return evidence.operation is not None and evidence.kind == "nan" and infinite
+
+
+class ImpossibleTarget(Rule):
+    """The CTC loss of a target that is longer than its input, repeats included, is infinite: no alignment exists."""
+
+    name = "impossible_target"
+    remedies = (
+        "leave such samples out of the loss: torch.nn.functional.ctc_loss(..., zero_infinity=True)",
+        "drop them where the batch is made: target_length <= input_length",
+    )
+
+    def applies(self, evidence: Evidence) -> bool:
+        return evidence.op == "ctc_loss"
+
+
+class NormalisedConstant(Rule):
+    """A normalisation layer divided by the deviation of values that are all the same, and its eps is zero or lost in
+    the dtype.
+    """
+
+    name = "normalised_constant"
+    remedies = ("give the layer an epsilon: eps=1e-5 (1e-3 in float16)",)
+
+    def applies(self, evidence: Evidence) -> bool:
+        names = ("native_layer_norm", "native_batch_norm", "native_group_norm", "cudnn_batch_norm", "rms_norm")
+        return evidence.op in names and evidence.kind == "nan" and evidence.phase in ("forward", "backward")
+
+
+class EqualEigenvalues(Rule):
+    """The derivative of eigenvectors or singular vectors divides by differences of their values: two were equal."""
+
+    name = "equal_eigenvalues"
+    remedies = (
+        "use the values alone where they are enough: torch.linalg.eigvalsh, torch.linalg.svdvals",
+        "tell them apart: add a small, distinct jitter to the diagonal before the decomposition",
+    )
+
+    def applies(self, evidence: Evidence) -> bool:
+        return evidence.phase == "backward" and evidence.op.startswith(("linalg_eigh", "linalg_eig", "linalg_svd"))
+
+
 RULES = (
     FullyMaskedSoftmax(),
+    InfinityArithmetic(),
+    ImpossibleTarget(),
+    NormalisedConstant(),
+    EqualEigenvalues(),
+    MaskedTooLate(),
     EmptyReduction(),
     SingleSampleVariance(),
     GradientNormalisedByZero(),

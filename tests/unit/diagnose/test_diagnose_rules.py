@@ -87,6 +87,12 @@ def masked(model: Model, x: Tensor, hidden: Tensor) -> Tensor:
     return ((model.weight * x).masked_fill(hidden, -math.inf).softmax(-1) * x).sum()
 
 
+def alignment(model: Model, x: Tensor, *, zero_infinity: bool) -> Tensor:
+    """CTC of three labels over two frames."""
+    frames = (model.weight * x).expand(2, 1, 4).log_softmax(-1)
+    return nn.functional.ctc_loss(frames, torch.tensor([[1, 2, 3]]), (2,), (3,), zero_infinity=zero_infinity)
+
+
 def unit(gradient: Tensor) -> Tensor:
     return gradient / gradient.norm()
 
@@ -132,8 +138,32 @@ FAULTS: Mapping[str, tuple[Fault, Fault]] = {
         Fault(lambda m, x: (m.weight * 0).sum(), clip=unit_guarded),
     ),
     "derivative_at_edge": (
+        Fault(lambda m, x: (m.weight * x).sqrt().sum()),
+        Fault(lambda m, x: (m.weight * x + 1e-12).sqrt().sum()),
+    ),
+    "where_trap": (
         Fault(lambda m, x: torch.where(x > 0, (m.weight * x).sqrt(), 0).sum()),
-        Fault(lambda m, x: torch.where(x > 0, (m.weight * x + 1e-12).sqrt(), 0).sum()),
+        Fault(lambda m, x: torch.where(x > 0, torch.where(x > 0, m.weight * x, 1).sqrt(), 0).sum()),
+    ),
+    "inf_arithmetic": (
+        Fault(lambda m, x: (m.weight * x * torch.full_like(x, math.inf)).sum()),
+        Fault(lambda m, x: (m.weight * x).masked_fill(x > 1, -math.inf).exp().sum()),
+    ),
+    "impossible_target": (
+        Fault(lambda m, x: alignment(m, x, zero_infinity=False)),
+        Fault(lambda m, x: alignment(m, x, zero_infinity=True)),
+    ),
+    "normalised_constant": (
+        Fault(lambda m, x: nn.functional.layer_norm(m.weight * 1.0, (4,), eps=0.0).sum()),
+        Fault(lambda m, x: nn.functional.layer_norm(m.weight * 1.0, (4,), eps=1e-5).sum()),
+    ),
+    "equal_eigenvalues": (
+        Fault(lambda m, x: torch.linalg.eigh(torch.diag(m.weight))[1].sum()),
+        Fault(lambda m, x: torch.linalg.eigvalsh(torch.diag(m.weight)).sum()),
+    ),
+    "overshoot": (
+        Fault(lambda m, x: weighted(m, x).square(), options={"lr": 1e12}, steps=4),
+        Fault(lambda m, x: weighted(m, x).square(), options={"lr": 1e-3}, steps=4),
     ),
     "log_domain": (
         Fault(lambda m, x: (m.weight * x).log().sum()),
@@ -230,8 +260,9 @@ NEIGHBOURS: Mapping[str, tuple[Fault, str]] = {
     "a square that overflows is not outside its domain": (FAULTS["overflow"][0], "overflow"),
     "a log that was masked fails in its derivative": (
         Fault(lambda m, x: torch.where(x > 0, (m.weight * x).log(), 0).sum()),
-        "derivative_at_edge",
+        "where_trap",
     ),
+    "a plain derivative at the edge is no where-trap": (FAULTS["derivative_at_edge"][0], "derivative_at_edge"),
     "a log of zero in half precision did not overflow": (
         Fault(lambda m, x: (m.weight * x).log().sum(), dtype=torch.float16),
         "log_domain",
