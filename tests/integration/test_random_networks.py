@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 from random_faults import FAULTS
@@ -89,7 +89,11 @@ def harm_of(recipe: Recipe) -> Harm:
     training.before_update = look
     for step, batch in enumerate(training.given()):
         before = [bool(buffer.isfinite().all()) for buffer in training.model.buffers()]
-        training.train_step(batch)
+        try:
+            training.train_step(batch)
+        except RuntimeError:  # a kernel that refuses what the fault has left behind
+            if not harm.done:
+                raise
         after = [bool(buffer.isfinite().all()) for buffer in training.model.buffers()]
         harm.step, harm.state = step, any(good and not still for good, still in zip(before, after, strict=True))
         if harm.done:
@@ -116,34 +120,42 @@ def expected(recipe: Recipe, harm: Harm) -> dict[str, set[object]]:
     fault = recipe.faulty
     assert fault is not None
     phases = {fault.phase}
-    recovered = not harm.loss or recipe.backwards == "penalty"
-    if fault.phase == "forward" and recovered:  # forward may be finite: what did harm is the Inf itself, or ...
-        phases |= (
-            {"backward"} if harm.gradient or harm.loss else {"state"}
-        )  # ... the derivative of the operation that made it
+    if fault.phase == "forward" and (not harm.loss or recipe.backwards == "penalty"):
+        # The loss recovered: harm was done by the Inf itself, or by the derivative of the operation that made it.
+        phases |= {"backward"} if harm.gradient or harm.loss else {"state"}
+    again = fault.phase == "forward" and "teacher" in recipe.habits  # the teacher, no part of the model, runs it too
     may_be: dict[str, set[object]] = {
         "step": {recipe.step},
         "phase": phases,
         "kind": set(fault.kinds.split()) if phases == {fault.phase} else {"nan", "inf"},
-        "module": {recipe.module},
+        "module": {recipe.module, ""} if again else {recipe.module},
         "op": {fault.op},
         "file": {str(Path(inspect.getfile(fault.apply)).relative_to(Path.cwd()))},
         "line": {fault.line},
         "code": {fault.code},
         "proof": {"replayed"},
     }
+    if recipe.loss == "binary" and "autocast" in recipe.habits:
+        may_be["proof"].add("replayed-differs")  # torch rounds this loss' bfloat16 gradient otherwise under a mode
     if fault.rowwise and recipe.backwards != "accumulated":
-        may_be["samples"] = {(recipe.row,)}
+        may_be["samples"] = {(recipe.row,)} | ({()} if "state" in phases else set())
     return may_be
 
 
 thorough = settings(
-    max_examples=EXAMPLES, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    max_examples=EXAMPLES,
+    derandomize="RANDOM_NETWORKS" not in os.environ,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
+LINEAR, REENTRANT = Stage("linear", 8, "plain"), Stage("linear", 8, "reentrant")
 
 
 @thorough
 @given(recipes(faulty=True))
+@example(Recipe((LINEAR, LINEAR), clip="value", fault="in_a_tensor_hook", place="loss", step=2))
+@example(Recipe((LINEAR, REENTRANT), habits=frozenset({"closure"}), returned="none", fault="log_of_zero", position=1))
+@example(Recipe((LINEAR, REENTRANT), fault="in_an_own_backward", position=1))
+@example(Recipe((LINEAR, LINEAR), backwards="by_hand", returned="float", fault="negative_power_of_zero", place="loss"))
 def test_the_one_faulty_operation_is_named_exactly(recipe: Recipe) -> None:
     harm = harm_of(recipe)
 
@@ -165,11 +177,21 @@ def test_the_one_faulty_operation_is_named_exactly(recipe: Recipe) -> None:
 @settings(thorough, max_examples=max(EXAMPLES * 2 // 5, 1))
 @given(recipes(faulty=False))
 def test_a_healthy_network_gives_no_diagnosis(recipe: Recipe) -> None:
-    assume(recipe.habits & {"scaler"} or not harm_of(recipe).done)
+    assume("scaler" not in recipe.habits or recipe.optimizer != "adamw_fused")  # the known gap below
+    assume("scaler" in recipe.habits or not harm_of(recipe).done)
 
     diagnosis = diagnosed(recipe)
 
     assert diagnosis is None, diagnosis.verdict
+
+
+@pytest.mark.xfail(reason="a fused optimizer is stepped with found_inf set, and skips in its kernel", strict=True)
+def test_a_scaler_that_skips_inside_a_fused_kernel_raises_no_alarm() -> None:
+    stages = (Stage("linear", 4, "plain"), Stage("layer_norm", 8, "plain"))
+
+    diagnosis = diagnosed(Recipe(stages, optimizer="adamw_fused", habits=frozenset({"scaler"})))
+
+    assert diagnosis is None
 
 
 @pytest.mark.parametrize("name", FAULTS)
