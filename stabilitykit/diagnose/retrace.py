@@ -112,8 +112,9 @@ def bad_numbers(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, 
 
 @contextmanager
 def _plugged(tracer: Tracer, stepped: list[bool]) -> Iterator[None]:
-    def before_step(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        stepped[0] = True
+    def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found_inf = getattr(optimizer, "found_inf", None)
+        stepped[0] = stepped[0] or not (isinstance(found_inf, Tensor) and bool(found_inf))
         tracer.enter_optimizer()
         given = {key: tracer.outside_update(value) if callable(value) else value for key, value in kwargs.items()}
         return tuple(tracer.outside_update(entry) if callable(entry) else entry for entry in args), given

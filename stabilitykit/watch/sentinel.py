@@ -107,6 +107,7 @@ class Sentinel:
         self._queued = False
         self.num_backwards = 0
         self._stepped = False
+        self._found_inf: list[Tensor] = []
         self._before: tuple[list[str], list[Tensor]] = ([], [])
         self._clipped: tuple[list[str], list[Tensor]] = ([], [])
         self._gradient_versions: tuple[int, ...] = ()
@@ -117,11 +118,6 @@ class Sentinel:
             handle.remove()
         self._handles.clear()
 
-    @property
-    def stepped(self) -> bool:
-        """Whether an optimizer has stepped since `begin`."""
-        return self._stepped
-
     def read(self, losses: Mapping[str, Tensor | float]) -> Reading:
         """Judge the step that has just ended."""
         names, tensors = list(self._parameters), list(self._parameters.values())
@@ -129,7 +125,7 @@ class Sentinel:
         buffers = self._buffers()
         states = tensor_norms(buffers.values())
         device_losses = {name: entry.detach() for name, entry in losses.items() if isinstance(entry, Tensor)}
-        packed = [*self._before[1], *self._clipped[1], *parameters, *states, *device_losses.values()]
+        packed = [*self._before[1], *self._clipped[1], *parameters, *states, *device_losses.values(), *self._found_inf]
         received = iter(transfer(packed))
         before = _take(self._before[0], received)
         clipped = _take(self._clipped[0], received)
@@ -138,13 +134,14 @@ class Sentinel:
         held = _take(list(buffers), received)
         known = {name: float(entry) for name, entry in losses.items() if not isinstance(entry, Tensor)}
         seen = _take(list(device_losses), received) | known
+        stepped = self._stepped or any(next(received) == 0 for _ in self._found_inf)
         return Reading(
             losses={name: seen[name] for name in losses},
             grad_norm=combine(before.values()) if before else math.nan,
             grad_norm_clipped=combine((clipped or before).values()) if before else math.nan,
             parameter_norm=combine(after.values()) if after else math.nan,
             num_backwards=self.num_backwards,
-            stepped=self._stepped,
+            stepped=stepped,
             changed_gradients=bool(self._clipped[0]),
             bad_losses=_bad(seen),
             bad_gradients=self._confirmed_gradients(before, self._clipped[0] == []),
@@ -209,7 +206,11 @@ class Sentinel:
         self._gradient_versions = tuple(entry._version for entry in gradients)
 
     def _before_update(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-        self._stepped = True
+        found_inf = getattr(optimizer, "found_inf", None)
+        if isinstance(found_inf, Tensor):  # a GradScaler leaves the skip to the fused kernel
+            self._found_inf.append(found_inf.detach().reshape(()))
+        else:
+            self._stepped = True
         # Under a dispatch mode, foreach kernels write without moving version counters.
         self._unseen(partial(self._measure_clipped, bool(_get_current_dispatch_mode_stack())))
         self._unseen(lambda: self._on_optimizer(optimizer))
