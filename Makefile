@@ -1,5 +1,6 @@
 # make demo   set up, then watch an unguarded run go NaN and a guarded one finish
 # make test   set up, then run the tests
+# make bench  what watching a step costs, beside the peers
 # make check  format, lint, types, tests: the one door, also for CI
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ SOURCES := stabilitykit trainers tests benchmarks
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test check nanzoo reports clean
+.PHONY: install demo test check nanzoo bench reports clean
 
 install: $(INSTALLED)
 
@@ -33,6 +34,9 @@ check: install
 
 nanzoo: install
 	$(BIN)/python -m benchmarks.origins
+
+bench: install
+	$(BIN)/python -m benchmarks.overhead
 
 reports: install
 	$(BIN)/python -m benchmarks.gallery

@@ -3,47 +3,84 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stabilitykit.measure.values import values
 
-SQUARES_FIT = 1e30  # a sum of squares below this is far from float32's overflow
+BLOCK = 1 << 17  # values looked at while they lie in the cache
+FEW = 1 << 11  # up to here numpy's call costs less than torch's, beyond torch's kernel wins
+SQUARES_FIT = (1e-30, 1e30)  # within, float32 neither overflows in a sum of squares nor loses the largest ones
 FIELDS = ("nan", "posinf", "neginf", "zeros", "min", "max", "mean", "l2", "subnormal")
+Numbers = tuple[float, ...]
 
 
 def statistics(tensor: Tensor) -> Tensor | None:
     """Counts of NaN, +Inf, -Inf and zeros; min, max, mean and L2 norm over the finite values; share of subnormals.
 
-    Everything is accumulated in float64, so that half precision cannot overflow and float32 cannot lose the sum.
+    Sums are taken in float32 over blocks and in float64 over all, or in float64 throughout where a square could
+    overflow or vanish.
 
     Returns:
         float64 [9], in the order of `FIELDS`, on the tensor's device; None where `tensor` is no real or complex
         floating tensor with values to read (see `measure.values`), or is empty.
     """
+    found = measure(tensor)
+    return torch.tensor(found, dtype=torch.float64) if isinstance(found, tuple) else found
+
+
+def measure(tensor: Tensor) -> Numbers | Tensor | None:
+    """As `statistics`, but plain numbers where the host can read them without a transfer."""
     plain = values(tensor)
     if plain is None or plain.numel() == 0:
         return None
     flat = plain.reshape(-1)
-    if flat.device.type == "cpu":
-        low, high = (bound.item() for bound in torch.aminmax(flat))
-        if math.isfinite(low) and math.isfinite(high):
-            return torch.tensor(_of_finite(flat, low, high), dtype=torch.float64)
-    return _with_nonfinite(flat)
+    numbers = _on_host(flat) if flat.device.type == "cpu" and type(flat) is Tensor else None
+    return _with_nonfinite(flat) if numbers is None else numbers
 
 
-def _of_finite(flat: Tensor, low: float, high: float) -> tuple[float, ...]:
-    """On the CPU a number costs nothing to look at, and most tensors are finite: five passes instead of twelve."""
-    zeros = flat.numel() - int(torch.count_nonzero(flat))
-    tiny = torch.finfo(flat.dtype).tiny
-    magnitudes = flat.abs()
-    some = zeros > 0 or magnitudes.amin().item() < tiny
-    subnormal = int(torch.count_nonzero(magnitudes < tiny)) - zeros if some else 0
-    wide = flat.dtype not in (torch.float32, torch.float64) or max(-low, high) > (SQUARES_FIT / flat.numel()) ** 0.5
-    dtype = torch.float64 if wide else flat.dtype
-    mean, l2 = flat.mean(dtype=dtype).item(), torch.linalg.vector_norm(flat, dtype=dtype).item()
-    return 0, 0, 0, zeros, low, high, mean, l2, subnormal / flat.numel()
+def _on_host(flat: Tensor) -> Numbers | None:
+    """The statistics of a finite tensor, memory read once; None where a value is not finite.
+
+    On the CPU numpy compares, counts and bounds up to ten times faster than torch does, at a third of the call.
+    """
+    tiny, size = torch.finfo(flat.dtype).tiny, flat.numel()
+    low, high, total, squares, zeros, small = math.inf, -math.inf, 0.0, 0.0, 0, 0
+    for block in (flat,) if size <= BLOCK else torch.split(flat, BLOCK):
+        wide = block if block.dtype in (torch.float32, torch.float64) else block.float()
+        part = wide.numpy()
+        least, most = float(np.minimum.reduce(part)), float(np.maximum.reduce(part))
+        if not (math.isfinite(least) and math.isfinite(most)):
+            return None
+        low, high = min(low, least), max(high, most)
+        if least < tiny and most > -tiny and (near := _count_within(part, tiny)):
+            small += near
+            zeros += int(np.count_nonzero(part == 0))
+        largest = max(-least, most)
+        block_total, block_squares = _sums(wide, part, largest * largest)
+        total += block_total
+        squares += block_squares
+    return 0, 0, 0, zeros, low, high, total / size, math.sqrt(squares), (small - zeros) / size
+
+
+def _count_within(part: NDArray[Any], bound: float) -> int:
+    """How many magnitudes lie below `bound`: two comparisons, where `abs` would write four times the bytes."""
+    inside = part < bound
+    inside ^= part <= -bound
+    return int(np.count_nonzero(inside)) if inside.any() else 0
+
+
+def _sums(block: Tensor, part: NDArray[Any], largest: float) -> tuple[float, float]:
+    """The sum and the sum of squares; `largest` is the largest square."""
+    fits = SQUARES_FIT[0] < largest < SQUARES_FIT[1] / len(part)
+    if fits and len(part) <= FEW:
+        return float(np.add.reduce(part)), float(part.dot(part))
+    summed = block if fits else block.double()
+    return summed.sum().item(), torch.dot(summed, summed).item()
 
 
 def _with_nonfinite(flat: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stabilitykit.measure.statistics import headroom, statistics
+from stabilitykit.measure.statistics import Numbers, headroom, measure
 from stabilitykit.measure.values import shape_of
 from stabilitykit.schema import PHASES, ROLES, TENSOR_ROW, Phase, Role
 
@@ -32,7 +33,7 @@ class _Pending:
     micro: int
     numel: int
     dtype: torch.dtype
-    packed: Tensor | None
+    packed: Tensor | Numbers | None
 
 
 class RowCollector:
@@ -52,7 +53,7 @@ class RowCollector:
     ) -> None:
         """Measure `tensor` now, on its device; its values may be gone when the step ends."""
         with torch.no_grad():
-            packed = statistics(tensor)
+            packed = measure(tensor)
         dtype = str(tensor.dtype).removeprefix("torch.")
         identity = self._names.tensor_id(name, kind=kind, dtype=dtype, shape=shape_of(tensor))
         self._pending.append(
@@ -74,11 +75,11 @@ class RowCollector:
         pending, self._pending = self._pending, []
         if not pending:
             return None
-        packed = [entry.packed for entry in pending if entry.packed is not None]
+        packed = [entry.packed for entry in pending if isinstance(entry.packed, Tensor)]
         received = iter(torch.stack([entry.to(packed[0].device) for entry in packed]).tolist() if packed else [])
         rows = np.zeros(len(pending), TENSOR_ROW)
         for order, entry in enumerate(pending):
-            rows[order] = _row(order, entry, next(received) if entry.packed is not None else None)
+            rows[order] = _row(order, entry, next(received) if isinstance(entry.packed, Tensor) else entry.packed)
         self.largest = _largest(pending, rows)
         return rows
 
@@ -92,7 +93,7 @@ def _largest(pending: list[_Pending], rows: np.ndarray[Any, np.dtype[np.void]]) 
     return pending[position].name, float(magnitudes[position])
 
 
-def _row(order: int, entry: _Pending, measured: list[float] | None) -> tuple[float, ...]:
+def _row(order: int, entry: _Pending, measured: Sequence[float] | None) -> tuple[float, ...]:
     keys = (entry.micro, order, entry.call, entry.tensor, entry.role, entry.phase, entry.numel)
     if measured is None:
         return (*keys, 0, 0, 0, 0, math.nan, math.nan, math.nan, math.nan, math.nan, math.nan, entry.numel > 0)

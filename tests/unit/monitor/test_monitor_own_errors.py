@@ -16,7 +16,7 @@ import stabilitykit as sk
 FULL = sk.MonitorConfig(report=False, compact=False, cadence=1, optimizer_state=True, audit_every=1, snapshot_every=1)
 
 MEASUREMENTS = {
-    "a row's statistics": "stabilitykit.watch.rows.statistics",
+    "a row's statistics": "stabilitykit.watch.rows.measure",
     "the rows of a step": "stabilitykit.watch.rows._row",
     "the norms of a trail": "stabilitykit.watch.modules.tensor_norms",
     "the sentinel's norms": "stabilitykit.watch.sentinel.tensor_norms",
