@@ -33,6 +33,8 @@ check: install
 	$(BIN)/python -m pytest
 
 nanzoo: install
+	$(BIN)/python -c "import transformers" 2>/dev/null || \
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt transformers
 	$(BIN)/python -m benchmarks.origins
 
 bench: install
