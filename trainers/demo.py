@@ -1,8 +1,8 @@
 """`python -m trainers.demo`: one run that goes non-finite by itself, the same run with the guards on, one screen.
 
 Nothing is planted.  The first task has nothing to rehearse, so replay begins with the second and meets a network it
-cannot train stably: lr * alpha * curvature of the distillation term is about 60 where gradient descent bears 2.  Each
-step overshoots further than the last, and the logits it stores are the next teachers.
+cannot train stably: at this rate and weight of the distillation term each update overshoots further than the last, and
+the logits it stores are the next teachers.
 """
 
 from __future__ import annotations

@@ -38,8 +38,6 @@ class Retraced:
     trace: Trace
     returned: Any
     error: Exception | None
-    optimizer_stepped: bool
-    buffers_before: Mapping[str, bool]  # module buffers and whether they were finite when the step began
 
 
 def retrace(
@@ -67,7 +65,7 @@ def retrace(
         except Exception as raised:  # noqa: BLE001 - the step's own error, handed to the caller
             error = raised
     _notice_ends(tracer, subject, returned, error, stepped[0] or unused_gradients, finite_before)
-    return Retraced(tracer.result(), returned, error, stepped[0], finite_before)
+    return Retraced(tracer.result(), returned, error)
 
 
 def _label(subject: Subject, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Labels:

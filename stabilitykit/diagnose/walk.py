@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from stabilitykit.diagnose.graph import Edge, Leaf, Operation, Source, Symptom
 
-_MASK_CONSUMERS = ("softmax", "log_softmax", "safe_softmax", "logsumexp")
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -138,11 +136,3 @@ def _turning_point(path: Sequence[Operation]) -> Operation | None:
         if operation.output.posinf + operation.output.neginf == operation.output.numel:
             return operation
     return acted[-1] if acted else None
-
-
-def is_mask(leaf: Leaf, paths: Sequence[Operation]) -> bool:
-    """Whether a leaf of nothing but Inf goes straight into a softmax: an attention mask made outside the step."""
-    if leaf.summary.nan or (leaf.summary.posinf and leaf.summary.neginf):
-        return False
-    harmed = next((operation for operation in paths if operation.output.nan), None)
-    return harmed is not None and harmed.op in _MASK_CONSUMERS

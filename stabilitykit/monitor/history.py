@@ -85,11 +85,6 @@ class History:
         wanted = self._snapshot_seconds / max(self._budget * self._step_seconds, 1e-9)
         return next((cadence for cadence in CADENCES if cadence >= max(wanted, SHORTEST)), CADENCES[-1])
 
-    @property
-    def last_good_step(self) -> int | None:
-        """The step at whose start the state that `rollback` restores was captured."""
-        return self._good[0] if self._good is not None else None
-
     def begin(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, touched: bool = False) -> None:
         """A step is about to run; `touched`: the caller knows of a change of state since the last one."""
         if touched or self._snapshot_due():

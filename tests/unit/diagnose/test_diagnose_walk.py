@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from stabilitykit.diagnose.graph import Edge, Leaf, Operation, Symptom
-from stabilitykit.diagnose.walk import Finding, find_origin, followed, is_mask, trace_back
+from stabilitykit.diagnose.walk import Finding, find_origin, followed, trace_back
 from stabilitykit.schema import TensorSummary
 
 SIZE = 4
@@ -170,15 +170,6 @@ def test_a_graph_with_shared_and_deep_paths_is_walked_once() -> None:
 def test_the_moment_of_a_leaf_is_when_it_was_read() -> None:
     assert Finding(leaf(), noticed(leaf()), (op(7, "mul"),)).moment == 7
     assert Finding(leaf(), noticed(leaf()), ()).moment == -1
-
-
-def test_a_leaf_of_infs_of_one_sign_that_feeds_a_softmax_is_a_mask() -> None:
-    softmax = op(2, "softmax", nan=1)
-
-    assert is_mask(leaf(neginf=2), [op(1, "add", neginf=1), softmax])
-    assert not is_mask(leaf(neginf=2), [op(1, "add", neginf=1), op(2, "sub", nan=1)])
-    assert not is_mask(leaf(neginf=1, posinf=1), [softmax])
-    assert not is_mask(leaf(nan=1), [softmax])
 
 
 def test_kind_is_what_the_edge_brought_in_not_what_the_whole_leaf_holds() -> None:
