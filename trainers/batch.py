@@ -28,3 +28,4 @@ class Replay(NamedTuple):
     inputs: Tensor  # (R, C, H, W) augmented and normalised afresh
     labels: Tensor  # (R,) int64
     logits: Tensor  # (R, K) as the network gave them when the sample was stored
+    tasks: Tensor  # (R,) int64, the task each came from

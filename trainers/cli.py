@@ -17,7 +17,7 @@ from trainers.buffer import BufferConfig
 from trainers.datasets import DatasetConfig
 from trainers.experiment import ExperimentConfig, run
 from trainers.methods.causal_der import CausalConfig
-from trainers.methods.derpp import DerppConfig
+from trainers.methods.sgd import ReplayConfig
 from trainers.networks import NetworkConfig
 from trainers.optimisation import OptimizerConfig, ScheduleConfig
 from trainers.precision import PrecisionConfig
@@ -56,14 +56,21 @@ def configure(args: argparse.Namespace, command: tuple[str, ...]) -> ExperimentC
     if args.num_threads < 0:
         raise UsageError(f"--num_threads: got {args.num_threads}, expected 0 (PyTorch's choice) or more")
     return ExperimentConfig(
-        method=args.model,
+        method="joint" if args.joint else args.model,
         seed=args.seed,
         batch_size=args.batch_size,
         drop_last=args.drop_last,
         clip_norm=args.clip_grad,
         command=command,
         run_dir=args.run_dir or default_run_dir(args),
-        dataset=DatasetConfig(name=args.dataset, base_path=args.base_path, download=args.download),
+        dataset=DatasetConfig(
+            name=args.dataset,
+            base_path=args.base_path,
+            download=args.download,
+            num_tasks=args.num_tasks,
+            permute_classes=args.permute_classes,
+            validation=args.validation,
+        ),
         network=NetworkConfig(name=args.backbone, norm=args.norm, pool=args.pool),
         trainer=TrainerConfig(num_epochs=args.n_epochs, freeze_bn=args.freeze_bn, stop_after=args.stop_after),
         watch=WatchConfig(
@@ -92,11 +99,12 @@ def _replay(args: argparse.Namespace) -> dict[str, Any]:
             clamp_logits=args.clamp_logits,
             audit_every=args.buffer_audit_every,
         ),
-        "derpp": DerppConfig(
+        "replay": ReplayConfig(
             alpha=args.alpha,
             beta=args.beta,
             kd=args.kd,
             temperature=args.kd_temperature,
+            draws=args.replay_draws,
             warmup_tasks=args.replay_warmup_tasks,
             adaptive=args.adaptive_replay_weights,
         ),

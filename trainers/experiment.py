@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from trainers.buffer import BufferConfig, ReplayBuffer
 from trainers.datasets import DatasetConfig, DatasetSpec, load
 from trainers.guards import GradientClip
 from trainers.methods.causal_der import CausalConfig, CausalDer
-from trainers.methods.derpp import Derpp, DerppConfig
+from trainers.methods.derpp import Derpp
+from trainers.methods.replaying import Der, Er
+from trainers.methods.sgd import ReplayConfig, Sgd
 from trainers.networks import NetworkConfig, build_network
 from trainers.optimisation import OptimizerConfig, Schedule, ScheduleConfig
 from trainers.precision import Precision, PrecisionConfig
@@ -22,11 +25,18 @@ from trainers.progress import NoProgress, Progressing
 from trainers.results import Results, claim_run_folder
 from trainers.seeding import generator, seed_everything
 from trainers.step import TrainingStep
-from trainers.stream import Stream, Transform
+from trainers.stream import Stream, TaskSplit, Transform
 from trainers.trainer import Trainer, TrainerConfig
 from trainers.watching import SkipCounter, WatchConfig, attach
 
-METHODS = ("causal-der", "derpp")
+METHODS: Mapping[str, type[Sgd]] = {
+    "sgd": Sgd,
+    "joint": Sgd,
+    "er": Er,
+    "der": Der,
+    "derpp": Derpp,
+    "causal-der": CausalDer,
+}
 MAX_SEED = 2**32 - 1
 
 
@@ -44,7 +54,7 @@ class ExperimentConfig:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     buffer: BufferConfig = field(default_factory=BufferConfig)
-    derpp: DerppConfig = field(default_factory=DerppConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
     causal: CausalConfig = field(default_factory=CausalConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -67,6 +77,11 @@ class ExperimentConfig:
         """Tasks this run goes through."""
         return min(self.trainer.stop_after or self.dataset.spec.num_tasks, self.dataset.spec.num_tasks)
 
+    @property
+    def num_sessions(self) -> int:
+        """Times it trains and then evaluates: a task each, or all of them jointly."""
+        return 1 if self.method == "joint" else self.num_tasks
+
     def facts(self) -> dict[str, Any]:
         """The configuration as JSON can hold it."""
         facts: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
@@ -83,7 +98,7 @@ def run(config: ExperimentConfig, progress: Progressing | None = None) -> Result
     """
     progress = progress or NoProgress()
     trainer = build_trainer(config, progress)
-    total = config.trainer.num_epochs * sum(trainer.stream.num_batches(task) for task in range(config.num_tasks))
+    total = config.trainer.num_epochs * sum(map(trainer.stream.num_batches, range(config.num_sessions)))
     progress.start(config.run_dir.name, total)
     error: BaseException | None = None
     try:
@@ -99,7 +114,7 @@ def run(config: ExperimentConfig, progress: Progressing | None = None) -> Result
 def build_trainer(config: ExperimentConfig, progress: Progressing) -> Trainer:
     """Load the data, claim the run folder, put the parts together."""
     spec = config.dataset.spec
-    train, test = load(config.dataset)
+    train, test = (TaskSplit(split, spec, config.seed) for split in load(config.dataset, config.seed))
     claim_run_folder(config.run_dir)
     seed_everything(config.seed)
     network = build_network(config.network, spec.shape, spec.num_classes)
@@ -118,23 +133,34 @@ def build_trainer(config: ExperimentConfig, progress: Progressing) -> Trainer:
     watch.note(config=config.facts())
     stream = Stream(
         train,
-        spec,
         batch_size=config.batch_size,
         drop_last=config.drop_last,
         transform=Transform(spec, generator(config.seed, "stream augmentation")),
         order=generator(config.seed, "stream order"),
+        joint_tasks=config.num_tasks if config.method == "joint" else 0,
     )
     return Trainer(
         config.trainer,
-        spec=spec,
         test=test,
         stream=stream,
         step=step,
         watch=watch,
         skips=SkipCounter(config.watch),
-        results=Results(seed=config.seed, command=list(config.command), num_tasks=config.num_tasks),
+        results=new_results(config),
         progress=progress,
         run_dir=config.run_dir,
+    )
+
+
+def new_results(config: ExperimentConfig) -> Results:
+    """The results of a run that has not begun."""
+    return Results(
+        method=config.method,
+        dataset=config.dataset.name,
+        seed=config.seed,
+        command=list(config.command),
+        num_tasks=config.num_tasks,
+        num_sessions=config.num_sessions,
     )
 
 
@@ -143,8 +169,9 @@ def build_step(config: ExperimentConfig, spec: DatasetSpec, network: nn.Module) 
     precision = Precision(config.precision)
     buffer = ReplayBuffer(config.buffer, spec.shape, spec.num_classes, generator(config.seed, "buffer"))
     transform = Transform(spec, generator(config.seed, "replay augmentation"))
-    parts = (network, buffer, transform, precision, config.derpp, spec.num_tasks)
-    method = Derpp(*parts) if config.method == "derpp" else CausalDer(*parts, causal=config.causal)
+    parts = (network, buffer, transform, precision, config.replay, spec.num_tasks)
+    kind = METHODS[config.method]
+    method = CausalDer(*parts, causal=config.causal) if kind is CausalDer else kind(*parts)
     return TrainingStep(
         method,
         config.optimizer.build(network),

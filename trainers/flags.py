@@ -32,7 +32,10 @@ DATASET_CONFIGS: Mapping[str, Values] = {
         "sched_multistep_lr_gamma": 0.2,
         "batch_size": 32,
         "n_epochs": 50,
-    }
+    },
+    "5tasks": {"num_tasks": 5},
+    "10tasks": {"num_tasks": 10},
+    "20tasks": {"num_tasks": 20},
 }
 IGNORED = (
     "--nowand",
@@ -135,9 +138,13 @@ def guard_defaults(names: str) -> dict[str, object]:
 def _add_run(parser: Parser) -> None:
     group = parser.add_argument_group("run")
     add = group.add_argument
-    add("--model", default="causal-der", help="causal-der or derpp")
+    add("--model", default="causal-der", help="causal-der, derpp, der, er, sgd (lower bound) or joint (upper bound)")
+    add("--joint", default=False, type=switch, help="1: as --model joint")
     add("--dataset", default="seq-fmnist-mini", help="seq-fmnist-mini (embedded), seq-fmnist, seq-mnist, seq-cifar10, "
-        "seq-cifar100")  # fmt: skip
+        "seq-cifar100, perm-mnist, rot-mnist")  # fmt: skip
+    add("--num_tasks", default=0, type=whole, help="divide the classes into so many tasks, 0 for the dataset's own")
+    add("--permute_classes", default=False, type=switch, help="1: the seed decides the order of the classes")
+    add("--validation", default=0.0, type=number, help="test on this percentage of the training set, 0 on the test set")
     add("--base_path", default=Path("data"), type=Path, help="folder of the data sets that are not embedded")
     add("--download", default=False, type=switch, help="1: let torchvision download what is missing")
     add("--seed", default=0, type=whole, help="seeds everything")
@@ -147,7 +154,8 @@ def _add_run(parser: Parser) -> None:
     add("--num_threads", default=0, type=whole, help="threads of one operation, 0 for PyTorch's choice")
     add("--device", default="cpu", choices=["cpu"], help="cpu")
     add("--non_verbose", default=False, type=switch, nargs="?", const=True, help="no progress")
-    add("--dataset_config", choices=list(DATASET_CONFIGS), help="xder: 50 epochs of 32, lr x 0.2 at epochs 35 and 45")
+    add("--dataset_config", choices=list(DATASET_CONFIGS), help="xder: 50 epochs of 32, lr x 0.2 at epochs 35 and 45; "
+        "5tasks, 10tasks, 20tasks")  # fmt: skip
 
 
 def _add_training(parser: Parser) -> None:
@@ -178,6 +186,7 @@ def _add_replay(parser: Parser) -> None:
     add("--beta", default=0.5, type=number, help="weight of the cross-entropy on replays")
     add("--kd", default="mse", help="mse or kl")
     add("--kd_temperature", default=2.0, type=number, help="of kl")
+    add("--replay_draws", default=2, type=whole, help="1: both terms share a draw")
     add("--replay_warmup_tasks", default=0, type=whole, help="tasks without replay: 1 rehearses from the second on")
     add("--use_causal_sampling", default=1, type=whole, help="importance of a sample: 0 none, 1 heuristic")
     add("--causal_weight", default=0.3, type=number, help="0 draws evenly, 1 by importance alone")

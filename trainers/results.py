@@ -12,18 +12,29 @@ from typing import Any
 
 from stabilitykit.errors import RunFolderError
 from stabilitykit.schema import plain
-from trainers.evaluation import Accuracies, backward_transfer, forgetting, mean
+from trainers.evaluation import Accuracies, backward_transfer, forgetting, forward_transfer, mean
 
 
 @dataclass(kw_only=True)
 class Results:
-    """What a run has shown so far."""
+    """What a run has shown so far.
 
+    Attributes:
+        num_tasks: tasks of the run; `num_sessions` is how often it trains and evaluates: once when it learns jointly.
+        class_il_matrix: row i after session i, column j accuracy on task j, percent.
+        before: accuracies on tasks 1, 2, ... just before each was learnt; `untrained`: of the network that began.
+    """
+
+    method: str
+    dataset: str
     seed: int
     command: list[str]
     num_tasks: int
+    num_sessions: int
     class_il_matrix: list[list[float]] = field(default_factory=list)
     task_il_matrix: list[list[float]] = field(default_factory=list)
+    before: Accuracies = field(default_factory=lambda: Accuracies([], []))
+    untrained: Accuracies = field(default_factory=lambda: Accuracies([], []))
     train_eval_gaps: list[float] = field(default_factory=list)
     last_loss: float = math.nan
     num_steps: int = 0
@@ -46,19 +57,46 @@ class Results:
         """Mean Task-IL accuracy over the tasks seen, percent."""
         return mean(self.task_il_matrix[-1]) if self.task_il_matrix else math.nan
 
+    def add_before(self, accuracies: Accuracies) -> None:
+        """Take in the accuracies on a task that is about to be learnt."""
+        self.before.class_il.extend(accuracies.class_il)
+        self.before.task_il.extend(accuracies.task_il)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every task has been learnt."""
+        return len(self.class_il_matrix) == self.num_sessions
+
+    def transfer(self) -> dict[str, float | None]:
+        """Forgetting and transfers, of Class-IL and of Task-IL accuracy; undefined where there is one session only."""
+        scores: dict[str, float | None] = {}
+        for suffix, matrix, before, untrained in (
+            ("", self.class_il_matrix, self.before.class_il, self.untrained.class_il),
+            ("_task_il", self.task_il_matrix, self.before.task_il, self.untrained.task_il),
+        ):
+            known = len(matrix) > 1
+            scores[f"forgetting{suffix}"] = forgetting(matrix) if known else None
+            scores[f"bwt{suffix}"] = backward_transfer(matrix) if known else None
+            scores[f"fwt{suffix}"] = forward_transfer(before, untrained) if known else None
+        return scores
+
     def body(self) -> dict[str, Any]:
-        """What the file holds."""
-        seen = len(self.class_il_matrix)
+        """What the file holds: accuracies and transfers in percent after the last task seen."""
         return {
             "class_il": self.class_il,
             "task_il": self.task_il,
-            "finished": seen == self.num_tasks,
+            **self.transfer(),
+            "finished": self.finished,
+            "method": self.method,
+            "dataset": self.dataset,
             "num_tasks": self.num_tasks,
-            "tasks_seen": seen,
-            "forgetting": forgetting(self.class_il_matrix) if seen else math.nan,
-            "backward_transfer": backward_transfer(self.class_il_matrix) if seen else math.nan,
+            "tasks_seen": len(self.class_il_matrix[-1]) if self.class_il_matrix else 0,
             "class_il_matrix": self.class_il_matrix,
             "task_il_matrix": self.task_il_matrix,
+            "class_il_before": self.before.class_il,
+            "class_il_untrained": self.untrained.class_il,
+            "task_il_before": self.before.task_il,
+            "task_il_untrained": self.untrained.task_il,
             "train_eval_gaps": self.train_eval_gaps,
             "last_loss": self.last_loss,
             "num_steps": self.num_steps,

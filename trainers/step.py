@@ -13,7 +13,7 @@ from trainers.guards import GradientClip, gradient_norm
 
 if TYPE_CHECKING:
     from trainers.batch import Batch
-    from trainers.methods.derpp import Derpp
+    from trainers.methods.sgd import Sgd
     from trainers.optimisation import Schedule
     from trainers.precision import Precision
     from trainers.watching import Watch
@@ -29,7 +29,7 @@ class TrainingStep:
 
     def __init__(
         self,
-        method: Derpp,
+        method: Sgd,
         optimizer: torch.optim.Optimizer,
         schedule: Schedule,
         precision: Precision,
@@ -51,8 +51,8 @@ class TrainingStep:
         """Run the step on `batch`; the loss, finite or not.  With `check`, a step that is not sound updates nothing."""
         self.inspect(batch)
         self.begin(batch)
-        draws = self.method.draw(batch.task)
-        logits = self.method.forward(batch)
+        draws = self.method.draw(batch)
+        logits = self.method.forward(batch, draws)
         loss = self.total(self.method.losses(batch, logits, draws))
         self.backward(loss)
         if self.is_sound(loss):

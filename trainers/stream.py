@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
 
 from trainers.batch import Batch
+from trainers.seeding import generator
 
 if TYPE_CHECKING:
     from trainers.datasets import DatasetSpec, Split
@@ -64,36 +67,91 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
+class TaskSplit:
+    """A split as its tasks see it: which images a task has, and what its domain makes of them."""
+
+    def __init__(self, split: Split, spec: DatasetSpec, seed: int) -> None:
+        self.split = split
+        self.spec = spec
+        self.seed = seed
+
+    def members(self, task: int) -> Tensor:
+        """Rows of the split that belong to `task`."""
+        labels, classes = self.split.labels, self.spec.classes_of(task)
+        return ((labels >= classes.start) & (labels < classes.stop)).nonzero().flatten()
+
+    def examples(self, indices: Tensor, task: int) -> Tensor:
+        """Images in [0, 1] as they are in `task`."""
+        images = to_unit(self.split.images[indices])
+        if self.spec.domain == "permutation":
+            return permuted(images, generator(self.seed, f"permutation of task {task}"))
+        if self.spec.domain == "rotation":
+            return rotated(images, 180 * float(torch.rand(1, generator=generator(self.seed, f"angle of task {task}"))))
+        return images
+
+
+def permuted(images: Tensor, draws: torch.Generator) -> Tensor:
+    """All images with their pixels in one other order."""
+    order = torch.randperm(images[0].numel(), generator=draws)
+    return images.flatten(1)[:, order].reshape(images.shape)
+
+
+def rotated(images: Tensor, degrees: float) -> Tensor:
+    """All images turned counter-clockwise about their centre, nearest pixel, zeros from outside."""
+    angle = math.radians(degrees)
+    matrix = torch.tensor([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]])
+    where = affine_grid(matrix.expand(len(images), 2, 3), list(images.shape), align_corners=False)
+    return grid_sample(images, where, mode="nearest", align_corners=False)
+
+
 class Stream:
-    """The training set, task by task."""
+    """The training set, task by task; with `joint_tasks` that many tasks at once, as the upper bound has them.
+
+    Attributes:
+        order: draws an epoch's order when the epoch begins, and nothing else.
+    """
 
     def __init__(
         self,
-        train: Split,
-        spec: DatasetSpec,
+        train: TaskSplit,
         *,
         batch_size: int,
         drop_last: bool,
         transform: Transform,
         order: torch.Generator,
+        joint_tasks: int = 0,
     ) -> None:
         self.train = train
         self.batch_size = batch_size
         self.drop_last = drop_last
         self.transform = transform
         self.order = order
-        self.tasks = spec.task_of(train.labels)
+        self.joint_tasks = joint_tasks
 
-    def num_batches(self, task: int) -> int:
-        """Batches an epoch of `task` has."""
-        count = int((self.tasks == task).sum())
+    def tasks_of(self, session: int) -> range:
+        """The tasks learnt in `session`: one, or all of them."""
+        return range(self.joint_tasks) if self.joint_tasks else range(session, session + 1)
+
+    def num_batches(self, session: int) -> int:
+        """Batches an epoch of `session` has."""
+        count = sum(len(self.train.members(task)) for task in self.tasks_of(session))
         return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
 
-    def batches(self, task: int, epoch: int) -> Iterator[Batch]:
-        """One epoch of `task`, shuffled afresh."""
-        members = (self.tasks == task).nonzero().flatten()
-        shuffled = members[torch.randperm(len(members), generator=self.order)]
-        for indices in torch.split(shuffled, self.batch_size)[: self.num_batches(task)]:
-            examples = to_unit(self.train.images[indices])
-            labels = self.train.labels[indices]
-            yield Batch(self.transform(examples), labels, examples, indices, task, epoch)
+    def batches(self, session: int, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """One epoch of `session`, shuffled afresh, from batch `skip` on."""
+        members = torch.cat([self.train.members(task) for task in self.tasks_of(session)])
+        owners = torch.cat([torch.full((len(self.train.members(t)),), t) for t in self.tasks_of(session)])
+        order = torch.randperm(len(members), generator=self.order)
+        for rows in torch.split(order, self.batch_size)[skip : self.num_batches(session)]:
+            examples = self.examples(members[rows], owners[rows])
+            labels = self.train.split.labels[members[rows]]
+            yield Batch(self.transform(examples), labels, examples, members[rows], session, epoch)
+
+    def examples(self, indices: Tensor, tasks: Tensor) -> Tensor:
+        """Images in [0, 1], each as its task has it."""
+        if not self.train.spec.domain or not self.joint_tasks:
+            return self.train.examples(indices, int(tasks[0]))
+        examples = torch.empty(len(indices), *self.train.spec.shape)
+        for task in sorted(set(tasks.tolist())):
+            examples[tasks == task] = self.train.examples(indices[tasks == task], task)
+        return examples

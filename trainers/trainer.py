@@ -13,13 +13,12 @@ from torch import Tensor
 
 from stabilitykit.errors import UsageError
 from stabilitykit.schema import plain
-from trainers.evaluation import evaluate
+from trainers.evaluation import evaluate, evaluate_unseen
 from trainers.guards import freeze_batch_norm, train_eval_gap
-from trainers.stream import Stream, to_unit
+from trainers.stream import Stream, TaskSplit
 
 if TYPE_CHECKING:
     from trainers.batch import Batch
-    from trainers.datasets import DatasetSpec, Split
     from trainers.progress import Progressing
     from trainers.results import Results
     from trainers.step import TrainingStep
@@ -54,8 +53,7 @@ class Trainer:
         self,
         config: TrainerConfig,
         *,
-        spec: DatasetSpec,
-        test: Split,
+        test: TaskSplit,
         stream: Stream,
         step: TrainingStep,
         watch: Watch,
@@ -65,7 +63,6 @@ class Trainer:
         run_dir: Path,
     ) -> None:
         self.config = config
-        self.spec = spec
         self.test = test
         self.stream = stream
         self.step = step
@@ -80,17 +77,25 @@ class Trainer:
 
     def fit(self) -> Results:
         """Learn every task in turn."""
-        for task in range(self.results.num_tasks):
+        self.measure_untrained()
+        for task in range(self.results.num_sessions):
             self.begin_task(task)
             for epoch in range(self.config.num_epochs):
                 self.run_epoch(task, epoch)
             self.end_task(task)
         return self.results
 
+    def measure_untrained(self) -> None:
+        """What the network that begins is worth on tasks it will learn later."""
+        later = range(1, self.results.num_tasks if self.results.num_sessions > 1 else 1)
+        self.results.untrained = evaluate_unseen(self.network, self.test, self.stream.transform, later)
+
     def begin_task(self, task: int) -> None:
         """Training mode, and an optimizer without a past: Mammoth builds a new one for each task."""
         self.network.train()
         if task:
+            upcoming = range(task, task + 1)
+            self.results.add_before(evaluate_unseen(self.network, self.test, self.stream.transform, upcoming))
             self.step.optimizer.state.clear()
 
     def run_epoch(self, task: int, epoch: int) -> None:
@@ -114,8 +119,9 @@ class Trainer:
         if self.config.freeze_bn and task == 0:
             frozen = freeze_batch_norm(self.network)
             self.watch.log_event("guard", f"{frozen} BatchNorm layers frozen after the first task", subject="freeze_bn")
-        self.results.train_eval_gaps.append(self.gap(task))
-        self.results.add(evaluate(self.network, self.test, self.spec, task, self.stream.transform))
+        seen = self.stream.tasks_of(task)[-1]
+        self.results.train_eval_gaps.append(self.gap(seen))
+        self.results.add(evaluate(self.network, self.test, self.stream.transform, seen=seen))
         self.results.guards = self.guard_counts()
         self.results.cpu_seconds = time.process_time() - self.started
         self.watch.log(class_il=self.results.class_il, task_il=self.results.task_il)
@@ -128,8 +134,8 @@ class Trainer:
 
     def gap(self, task: int) -> float:
         """How differently the network behaves in training and in evaluation, on test images of the task."""
-        members = (self.spec.task_of(self.test.labels) == task).nonzero().flatten()[:64]
-        return train_eval_gap(self.network, self.stream.transform.normalise(to_unit(self.test.images[members])))
+        images = self.test.examples(self.test.members(task)[:64], task)
+        return train_eval_gap(self.network, self.stream.transform.normalise(images))
 
     def guard_counts(self) -> dict[str, int]:
         """How often each guard acted."""

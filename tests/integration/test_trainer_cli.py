@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from trainers import datasets
 from trainers.cli import main
 
 QUICK = ["--backbone", "mnistmlp", "--stop_after", "2", "--monitor", "0", "--non_verbose", "1", "--num_threads", "1"]
@@ -39,7 +40,34 @@ def test_a_run_learns_and_leaves_its_results(tmp_path: Path) -> None:
     assert results["cpu_seconds"] > 0
 
 
-@pytest.mark.parametrize("model", ["derpp", "causal-der"])
+def test_results_hold_what_continual_learning_reports(tmp_path: Path) -> None:
+    results = run(tmp_path / "run", "--model", "derpp", "--lr", "0.1", "--stop_after", "3")
+
+    class_il, task_il = results["class_il_matrix"], results["task_il_matrix"]
+    assert results["class_il"] == pytest.approx(sum(class_il[2]) / 3)
+    assert results["task_il"] == pytest.approx(sum(task_il[2]) / 3)
+    drops = [max(row[task] for row in class_il[task:2]) - class_il[2][task] for task in (0, 1)]
+    assert results["forgetting"] == pytest.approx(sum(drops) / 2)
+    assert results["bwt"] == pytest.approx(sum(class_il[2][task] - class_il[task][task] for task in (0, 1)) / 2)
+    gains = [
+        after - before for after, before in zip(results["task_il_before"], results["task_il_untrained"], strict=True)
+    ]
+    assert len(gains) == 2
+    assert results["fwt_task_il"] == pytest.approx(sum(gains) / 2)
+    assert results["fwt"] <= 0
+
+
+def test_sgd_forgets_replay_forgets_less_and_joint_training_is_above_both(tmp_path: Path) -> None:
+    flags = ("--lr", "0.1", "--stop_after", "3", "--batch_size", "16")
+    sgd, er, joint = (run(tmp_path / model, "--model", model, *flags) for model in ("sgd", "er", "joint"))
+
+    assert sgd["class_il"] < er["class_il"] < joint["class_il"]
+    assert sgd["forgetting"] > er["forgetting"] > 0
+    assert joint["forgetting"] is joint["fwt"] is None
+    assert (joint["finished"], joint["tasks_seen"]) == (True, 3)
+
+
+@pytest.mark.parametrize("model", ["sgd", "joint", "er", "der", "derpp", "causal-der"])
 def test_a_seed_decides_everything(tmp_path: Path, model: str) -> None:
     first, second = (run(tmp_path / name, "--model", model, "--seed", "5") for name in ("a", "b"))
     other = run(tmp_path / "c", "--model", model, "--seed", "6")
@@ -108,8 +136,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pyt
 
 @pytest.mark.parametrize("name", ["seq-mnist", "seq-cifar10", "seq-cifar100", "seq-fmnist"])
 def test_missing_data_are_one_line_and_no_folder_is_left(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    monkeypatch.setattr(datasets, "DEBIAN", {})
     text = complaint(
         capsys, "--dataset", name, "--base_path", str(tmp_path / "data"), "--run_dir", str(tmp_path / "run")
     )

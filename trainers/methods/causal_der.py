@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stabilitykit.errors import UsageError
+from trainers.batch import Batch
 from trainers.guards import isolated
 from trainers.importance import blended_probabilities, heuristic_importance, warmed_up
 from trainers.methods.derpp import Derpp
@@ -51,12 +52,12 @@ class CausalDer(Derpp):
         super().__init__(*parts)
         self.causal = causal
 
-    def probabilities(self, task: int) -> Tensor | None:
+    def probabilities(self, batch: Batch) -> Tensor | None:
         """The blend of even draws and draws by importance; None (evenly) while it weighs nothing."""
         every = self.causal.refresh_every
         if self.causal.mode and every and self.buffer.num_steps % every == 0:
             self.refresh()
-        weight = warmed_up(self.causal.weight, task, self.causal.warmup_tasks) if self.causal.mode else 0.0
+        weight = warmed_up(self.causal.weight, batch.task, self.causal.warmup_tasks) if self.causal.mode else 0.0
         return blended_probabilities(self.buffer.importance, weight) if weight else None
 
     def refresh(self) -> None:

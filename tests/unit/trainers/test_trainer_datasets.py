@@ -9,7 +9,7 @@ import torch
 from stabilitykit.errors import UsageError
 from trainers.datasets import FMNIST_MINI, SPECS, DatasetConfig, load
 from trainers.seeding import generator
-from trainers.stream import Stream, Transform
+from trainers.stream import Stream, TaskSplit, Transform
 
 
 def write_cifar100(folder: Path, **changes: np.ndarray) -> None:
@@ -77,9 +77,11 @@ def test_a_task_brings_its_own_classes_each_image_once() -> None:
     spec = SPECS["seq-fmnist-mini"]
     train, _ = load(DatasetConfig())
     transform = Transform(spec, generator(0, "augmentation"))
-    stream = Stream(train, spec, batch_size=32, drop_last=False, transform=transform, order=generator(0, "order"))
+    stream = Stream(
+        TaskSplit(train, spec, 0), batch_size=32, drop_last=False, transform=transform, order=generator(0, "order")
+    )
 
-    batches = list(stream.batches(task=2, epoch=0))
+    batches = list(stream.batches(2, epoch=0))
 
     assert len(batches) == stream.num_batches(2) == 32
     assert set(torch.cat([batch.labels for batch in batches]).tolist()) == {4, 5}

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from trainers.evaluation import backward_transfer, forgetting, percent_correct
+from trainers.evaluation import backward_transfer, forgetting, forward_transfer, percent_correct
 
 
 def test_class_il_asks_among_all_classes_and_task_il_among_the_tasks_own() -> None:
@@ -26,3 +26,8 @@ def test_forgetting_and_backward_transfer_are_the_definitions() -> None:
     assert forgetting(matrix) == pytest.approx(((95 - 60) + (80 - 70)) / 2)
     assert backward_transfer(matrix) == pytest.approx(((60 - 90) + (70 - 80)) / 2)
     assert forgetting([[90.0]]) == backward_transfer([[90.0]]) == 0
+
+
+def test_forward_transfer_is_what_a_task_gained_before_it_was_learnt() -> None:
+    assert forward_transfer([60.0, 50.0], [50.0, 52.0]) == pytest.approx((10 - 2) / 2)
+    assert forward_transfer([], []) == 0

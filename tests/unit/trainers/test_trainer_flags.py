@@ -21,7 +21,7 @@ def test_the_guides_command_is_taken_as_it_stands() -> None:
 
     assert (config.method, config.dataset.name, config.seed) == ("causal-der", "seq-cifar100", 42)
     assert (config.batch_size, config.buffer.size, config.buffer.minibatch_size) == (32, 500, 32)
-    assert (config.derpp.alpha, config.derpp.beta, config.derpp.adaptive) == (0.3, 0.3, True)
+    assert (config.replay.alpha, config.replay.beta, config.replay.adaptive) == (0.3, 0.3, True)
     assert (config.optimizer.lr, config.optimizer.weight_decay, config.clip_norm) == (0.005, 0.0001, 1.0)
     assert (config.schedule.over_tasks, config.schedule.milestones, config.schedule.gamma) == (True, (35, 45), 0.2)
     assert config.precision.format == "fp32"
@@ -38,7 +38,7 @@ def test_all_guards_and_no_guards_are_each_others_opposites() -> None:
     assert (guarded.causal.isolate, bare.causal.isolate) == (True, False)
     assert (guarded.watch.check, bare.watch.check) == (True, False)
     assert (guarded.clip_norm, bare.clip_norm) == (1.0, 0.0)
-    assert (guarded.derpp.adaptive, bare.derpp.adaptive) == (True, False)
+    assert (guarded.replay.adaptive, bare.replay.adaptive) == (True, False)
 
 
 def test_a_list_of_guards_turns_the_others_off_and_explicit_flags_win() -> None:
@@ -84,7 +84,7 @@ def test_what_is_ignored_is_said_to_be(flag: str) -> None:
         ("--num_threads -1", "--num_threads: got -1, expected 0 (PyTorch's choice) or more"),
         ("--freeze_bn yes", "--freeze_bn: got 'yes', expected 0 or 1"),
         ("--dataset seq-svhn", "--dataset: got 'seq-svhn', expected one of seq-fmnist-mini"),
-        ("--model lwf", "--model: got 'lwf', expected one of causal-der, derpp"),
+        ("--model lwf", "--model: got 'lwf', expected one of sgd, joint, er, der, derpp, causal-der"),
         ("--guards clip,seatbelt", "--guards: got 'seatbelt', expected all, none, or a list of lr"),
         ("--mixed_precision fp8", "--mixed_precision: got 'fp8', expected 0, 1, fp32, bf16 or fp16"),
         ("--on_nonfinite pray", "--on_nonfinite: got 'pray', expected one of raise, skip, rollback, record"),
