@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from stabilitykit.errors import UnreadableRunError, UsageError
-from stabilitykit.read import views
+from stabilitykit.read import rollups, views
 from stabilitykit.read.store import Store
 from stabilitykit.record.columns import STORED_TABLES
 from stabilitykit.record.ending import is_running
@@ -132,13 +132,23 @@ class Run:
     ) -> pd.DataFrame:
         """Tensor statistics at a row per 100 steps, for maps of long runs: counts summed, extremes kept.
 
-        `step` is the first of the window, `num_rows` the measurements in it. The window in which a run was resumed
-        holds what both attempts measured.
+        `step` is the first of the window, `num_rows` the measurements in it. No row mixes attempts: the window in
+        which a run was resumed has one of each, of the steps that `attempts` selects.
+
+        Args:
+            name: as in `tensors`.
+            role: as in `tensors`.
+            attempts: as in `steps`.
         """
-        rows = self._select(self._store.read("rollup", where=self._of(name, role)).to_pandas(), attempts)
-        how = dict.fromkeys(("num_rows", "nan", "posinf", "neginf"), "sum")
-        how |= {"min": "min", "max": "max", "headroom": "min"}
-        return self._named_rows(rows.groupby(["step", "tensor", "role", "rank"], as_index=False).agg(how))
+        where = self._of(name, role)
+        rows = self._store.read("rollup", where=where).to_pandas()
+        if _checked(attempts) == "latest":
+            spans = self._spans_of(rows)
+            rows, cut = rollups.settled(rows, spans)
+            if len(cut):
+                fresh = self._store.read("tensors", rollups.MEASURED, _all_of(where, rollups.within(cut))).to_pandas()
+                rows = rollups.joined(rows, views.latest(fresh, spans), cut)
+        return self._named_rows(rollups.merged(rows))
 
     def events(self, *, attempts: Attempts = "all") -> pd.DataFrame:
         """What happened once, oldest first; `data` is JSON."""
@@ -191,9 +201,15 @@ class Run:
         return found
 
     def _select(self, frame: pd.DataFrame, attempts: Attempts) -> pd.DataFrame:
-        if attempts not in ("latest", "all"):
-            raise UsageError(f"Run: got attempts={attempts!r}, expected 'latest' or 'all'")
-        return views.latest(frame, self._spans, views.spans(frame)) if attempts == "latest" else frame
+        return views.latest(frame, self._spans, views.spans(frame)) if _checked(attempts) == "latest" else frame
+
+    def _spans_of(self, frame: pd.DataFrame) -> views.Spans:
+        """What each attempt covered; where an attempt in `frame` has no step rows, by its tensors."""
+        attempts = set(zip(frame["rank"].tolist(), frame["attempt"].tolist(), strict=True))
+        if attempts <= self._spans.keys():
+            return self._spans
+        measured = self._store.read("tensors", ["rank", "attempt", "step"]).to_pandas()
+        return views.spans(measured) | self._spans
 
     def _highest_step(self, table: str) -> int:
         highest = pc.max(self._store.read(table, ["step"])["step"]).as_py()
@@ -233,6 +249,12 @@ class Run:
             self._damage.append(f"{file} cannot be read: it holds no JSON object")
             return {}
         return body
+
+
+def _checked(attempts: Attempts) -> Attempts:
+    if attempts not in ("latest", "all"):
+        raise UsageError(f"Run: got attempts={attempts!r}, expected 'latest' or 'all'")
+    return attempts
 
 
 def _within(steps: tuple[int, int] | range | None) -> pc.Expression | None:

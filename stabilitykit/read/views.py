@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from stabilitykit.record.names import Names
 
-Spans = Mapping[tuple[int, int], tuple[int, int]]  # (rank, attempt) -> first and last step it recorded
+Spans = dict[tuple[int, int], tuple[int, int]]  # (rank, attempt) -> first and last step it recorded
 
 
 def texts(codes: NDArray[Any], vocabulary: Sequence[str]) -> pd.Series[str]:
