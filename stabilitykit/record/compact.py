@@ -7,12 +7,12 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stabilitykit.errors import RunFolderError
 from stabilitykit.record.columns import STORED_TABLES, log_table
 from stabilitykit.record.folder import list_segments, names_path, part_path, replace_file, segment_path, sync_folder
 from stabilitykit.record.footer import FOOTER_KEY, UNSTAMPED, stamp_footer
@@ -29,7 +29,8 @@ def compact(run_dir: Path, *, include_open: bool = False) -> list[Path]:
     """Turn a run's segments into parts and remove them, one after the other.
 
     It may be killed anywhere and run again: a part is moved into place whole, a segment goes when all its parts are
-    durable, and readers take from a segment only what has no part yet.
+    durable, and readers take from a segment only what has no part yet. A segment that cannot be compacted is left as
+    it was, and the others are.
 
     Args:
         run_dir: the run folder.
@@ -39,12 +40,22 @@ def compact(run_dir: Path, *, include_open: bool = False) -> list[Path]:
         The new parts.
 
     Raises:
-        OSError: a part could not be written; its segment is as it was.
+        RunFolderError: segments could not be read, or parts not written; it is raised when all others are done.
     """
     parts: list[Path] = []
+    failures: list[str] = []
     for rank, number in list_segments(run_dir):
-        with suppress(FileNotFoundError):  # another compactor was faster
+        try:
             parts += _compact_segment(run_dir, rank, number, include_open)
+        except (OSError, pa.ArrowException) as error:
+            path = segment_path(run_dir, rank, number)
+            if os.path.lexists(path):  # else another compactor was faster
+                failures.append(f"{path.name}: {error}")
+    if failures:
+        raise RunFolderError(
+            f"compact: {len(failures)} of the segments of {run_dir} cannot become parts: {', '.join(failures)}; "
+            "the log is unharmed and can be read; see to the cause and run this again"
+        )
     return parts
 
 
@@ -122,15 +133,15 @@ def _keep_names(run_dir: Path, rank: int, log: SegmentLog) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 0 when all is done, 1 when a part could not be written."""
+    """The command line; 0 when all is done, 1 when segments had to be left."""
     parser = argparse.ArgumentParser(prog="python -m stabilitykit.record.compact", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--all", action="store_true", help="also segments a killed writer left open")
     options = parser.parse_args(arguments)
     try:
         compact(options.run, include_open=options.all)
-    except OSError as error:
-        sys.stderr.write(f"compact: {error}; the log is unharmed\n")
+    except RunFolderError as error:
+        sys.stderr.write(f"{error}\n")
         return 1
     return 0
 

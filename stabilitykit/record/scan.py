@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from stabilitykit.record.sections import Rows, decode_events, decode_sections
 from stabilitykit.record.segment import is_live
 from stabilitykit.schema import ROWS, Event
 
+_MALFORMED = (ValueError, TypeError, LookupError, AttributeError, struct.error)
 STORAGE_ORDER = ("tensor", "scalar", "role", "step")  # of the rows in a part, by those of them that the table has
 
 
@@ -75,7 +78,8 @@ def read_segment(path: Path, limit: int | None = None) -> SegmentLog:
     """Read a segment, open or sealed, or its first `limit` bytes.
 
     Raises:
-        OSError: the file cannot be read; FileNotFoundError also means that it has become parts meanwhile.
+        OSError: the file cannot be read, or holds frames that no recorder wrote; FileNotFoundError also means that it
+            has become parts meanwhile.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -94,11 +98,18 @@ def read_descriptor(
 
 
 def decode_log(log: bytes, label: str, modified: float, is_growing: Callable[[], bool] = lambda: False) -> SegmentLog:
-    """The content of a log; `label` names it, and `modified` dates it, in the events about its damage."""
+    """The content of a log; `label` names it, and `modified` dates it, in the events about its damage.
+
+    Raises:
+        OSError: frames are intact and yet make no sense; no recorder wrote them.
+    """
     items = list(scan_frames(log))
     if items and isinstance(items[-1], Gap) and is_growing():
         items.pop()
-    content = _Decoder(label, modified).decode(items)
+    try:
+        content = _Decoder(label, modified).decode(items)
+    except _MALFORMED as error:
+        raise OSError(errno.EBADMSG, f"an intact frame makes no sense ({error!r})", label) from error
     content.num_bytes = len(log)
     return content
 
@@ -113,7 +124,7 @@ def read_names(path: Path) -> tuple[Names, bool]:
     with path.open("rb") as file:
         for item in scan_frames(file.read()):
             if isinstance(item, Frame) and item.kind == FrameKind.META:
-                names.merge(json.loads(bytes(item.payload)))
+                names.merge_text(bytes(item.payload))
         return names, is_live(file.fileno())
 
 

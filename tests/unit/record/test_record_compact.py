@@ -11,10 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stabilitykit.read import open_run
 from stabilitykit.record import Recorder
 from stabilitykit.record.columns import table_schema
 from stabilitykit.record.compact import compact, encode_part, main
-from stabilitykit.record.folder import list_segments, part_path
+from stabilitykit.record.folder import list_segments, part_path, segment_path
+from stabilitykit.record.frame import FrameKind, encode_frame
 from stabilitykit.schema import ROWS, TABLES, TENSOR_ROW, Event
 
 Rows = np.ndarray
@@ -180,6 +182,38 @@ def test_on_a_full_disk_the_log_stays_and_the_command_says_so(
     assert not any((run_dir / "tmp").iterdir())
     assert main([str(run_dir)]) == 0
     assert part_path(run_dir, "steps", 0, 0).exists()
+
+
+def unreadable(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def malformed(path: Path) -> None:
+    frame = encode_frame(FrameKind.META, -1, 0, 0, [b'{"rows": {"steps": 7}}'])
+    path.write_bytes(b"".join(frame) + path.read_bytes())
+
+
+@pytest.mark.parametrize("spoil", [unreadable, malformed])
+def test_a_segment_that_cannot_be_read_is_left_and_told_and_the_others_are_compacted(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None]
+) -> None:
+    recorder = Recorder(run_dir, segment_bytes=1)
+    for step in range(3):
+        recorder.write(step, steps=np.zeros(1, ROWS["steps"]))
+    recorder.close()
+    spoil(segment_path(run_dir, 0, 1))
+
+    assert main([str(run_dir)]) == 1
+
+    assert "1 of the segments of" in (told := capsys.readouterr().err)
+    assert "segment-000001.log: [Errno" in told
+    assert list_segments(run_dir) == [(0, 1)]
+    run = open_run(run_dir)
+    assert run.steps()["step"].tolist() == [0, 2]
+    [sentence] = run.damage
+    assert sentence.startswith("wal/rank=0/segment-000001.log cannot be read and was skipped")
+    assert Recorder(run_dir, attempt=1).write(3)
 
 
 def test_nothing_but_parquet_lies_in_the_tables_folders(run_dir: Path) -> None:
