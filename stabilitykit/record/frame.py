@@ -15,8 +15,6 @@ _BODY = struct.Struct("<4sBBHIIqiI")  # magic, version, kind, zero, length, crc 
 _CHECK = struct.Struct("<I")  # crc of the above
 HEADER_BYTES = _BODY.size + _CHECK.size
 
-Buffer = bytes | memoryview
-
 
 class FrameKind(IntEnum):
     """What a payload holds; a reader skips kinds it does not know."""
@@ -47,21 +45,17 @@ class Gap:
     reaches_end: bool  # as a torn last write does
 
 
-def count_bytes(buffers: Sequence[Buffer]) -> int:
-    """Length of all buffers together."""
-    return sum(buffer.nbytes if isinstance(buffer, memoryview) else len(buffer) for buffer in buffers)
-
-
-def encode_frame(kind: FrameKind, step: int, attempt: int, sequence: int, payload: Sequence[Buffer]) -> list[Buffer]:
+def encode_frame(kind: FrameKind, step: int, attempt: int, sequence: int, payload: Sequence[bytes]) -> list[bytes]:
     """The buffers of one frame, header first, none of them copied.
 
     Raises:
         struct.error: a number does not fit its field; a payload may hold 4 GiB.
     """
-    checksum = 0
+    checksum = length = 0
     for part in payload:
         checksum = zlib.crc32(part, checksum)
-    body = _BODY.pack(MAGIC, FRAME_VERSION, kind, 0, count_bytes(payload), checksum, step, attempt, sequence)
+        length += len(part)
+    body = _BODY.pack(MAGIC, FRAME_VERSION, kind, 0, length, checksum, step, attempt, sequence)
     return [body + _CHECK.pack(zlib.crc32(body)), *payload]
 
 

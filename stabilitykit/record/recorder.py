@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from stabilitykit.record.folder import list_segments, names_path, next_number, replace_file, segment_path, wal_folder
-from stabilitykit.record.frame import Buffer, FrameKind, count_bytes, encode_frame
+from stabilitykit.record.frame import FrameKind, encode_frame
 from stabilitykit.record.names import Names, load_names
 from stabilitykit.record.scan import read_names
 from stabilitykit.record.sections import Rows, encode_sections
@@ -54,8 +54,9 @@ class Recorder:
     """Appends a run's rows to its log; what `write` returned True for survives `kill -9` of this process.
 
     A full disk, a read-only or deleted folder cost the rows, never the training: the first loss is warned about, every
-    loss is counted in `lost_frames` and recorded, as an event `lost_rows`, as soon as a write succeeds again. In a
-    forked child (a DataLoader worker) every method does nothing.
+    loss is counted in `lost_frames` and recorded, as an event `lost_rows`, as soon as a write succeeds again. Deletion
+    is looked for at every sync: until then rows go where the ones before them went. In a forked child (a DataLoader
+    worker) every method does nothing.
 
     Attributes:
         lost_frames: writes that were not acknowledged.
@@ -78,11 +79,12 @@ class Recorder:
             rank: of this process in a distributed run; each rank has a log of its own.
             attempt: 0, and one more whenever the run is resumed.
             segment_bytes: size at which a segment is sealed and the next one begun.
-            sync_seconds: at most so many seconds of rows are lost to a power cut.
+            sync_seconds: at most so many seconds of rows are lost to a power cut, or written to a deleted log.
         """
         self.lost_frames = 0
         self.num_sealed = 0
-        self._run_dir, self._rank, self._attempt = Path(run_dir), rank, attempt
+        self._run_dir = Path(run_dir).absolute()  # the script may change its directory
+        self._rank, self._attempt = rank, attempt
         self._segment_bytes, self._sync_seconds = segment_bytes, sync_seconds
         self._names = Names()
         self._in_segment = (0, 0)  # tensor and scalar names the open segment holds
@@ -136,10 +138,10 @@ class Recorder:
         with self._lock:
             try:
                 self._append(step, tables, events)
+                self._maintain(urgent=bool(events) and any(event.severity == "error" for event in events))
             except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
                 self._lose(step, error)
                 return False
-            self._maintain(urgent=any(event.severity == "error" for event in events))
             return True
 
     def close(self) -> None:
@@ -162,19 +164,20 @@ class Recorder:
     def _append(self, step: int, tables: Mapping[str, Rows | None], events: Sequence[Event]) -> None:
         told = [*events, self._loss.event()] if self._loss else events
         payload = encode_sections(tables, told)
-        segment = self._ready_segment(count_bytes(payload))
-        frames = self._missing_names(segment)
-        frames.append(encode_frame(FrameKind.DATA, step, self._attempt, segment.num_frames + len(frames), payload))
-        buffers = [part for frame in frames for part in frame]
-        segment.append(buffers)
-        segment.num_frames += len(frames)
-        self._in_segment = (len(self._names.tensors), len(self._names.scalars))
+        segment = self._ready_segment()
+        names = self._missing_names(segment)
+        number = segment.num_frames + len(names)
+        frame = encode_frame(FrameKind.DATA, step, self._attempt, number, payload)
+        segment.append([part for meta in names for part in meta] + frame if names else frame)
+        segment.num_frames = number + 1
+        if names:
+            self._in_segment = (len(self._names.tensors), len(self._names.scalars))
         self._loss = None
 
-    def _ready_segment(self, length: int) -> Segment:
-        """The segment that `length` more bytes go to."""
+    def _ready_segment(self) -> Segment:
+        """The segment that the next frame goes to."""
         segment = self._segment
-        if segment is not None and (segment.torn or (segment.size and segment.size + length > self._segment_bytes)):
+        if segment is not None and (segment.torn or segment.size >= self._segment_bytes):
             self._seal()
         if self._segment is None:
             self._segment = self._new_segment()
@@ -190,7 +193,7 @@ class Recorder:
             with suppress(FileExistsError):
                 return Segment(segment_path(self._run_dir, self._rank, number))
 
-    def _missing_names(self, segment: Segment) -> list[list[Buffer]]:
+    def _missing_names(self, segment: Segment) -> list[list[bytes]]:
         """META frames with what the segment does not say yet: twice, since without them rows cannot be read."""
         if segment.num_frames and self._in_segment == (len(self._names.tensors), len(self._names.scalars)):
             return []
@@ -203,12 +206,17 @@ class Recorder:
         return [encode_frame(FrameKind.META, -1, self._attempt, first + copy, [text]) for copy in range(2)]
 
     def _maintain(self, *, urgent: bool) -> None:
-        """After an acknowledged write: names others can read, and now and then a sync."""
+        """After a write: names others can read, and now and then a sync.
+
+        Raises:
+            FileNotFoundError: the log has been deleted, and what was written with it.
+        """
         due = time.monotonic() >= self._next_sync
         if self._published != len(self._names) or (due and self._publish_again):
             self._publish_names()
         if (due or urgent) and self._segment is not None:
             self._next_sync = time.monotonic() + self._sync_seconds
+            self._segment.check_presence()
             try:
                 self._segment.sync()
             except OSError as error:

@@ -7,15 +7,12 @@ import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stabilitykit.schema import ROWS, TABLES, Event, plain
-
-if TYPE_CHECKING:
-    from stabilitykit.record.frame import Buffer
 
 _SECTION = struct.Struct("<BxHII")  # table, bytes a row, rows, bytes
 _TABLE_IDS = {name: number for number, name in enumerate(TABLES)}
@@ -32,21 +29,21 @@ class Section(NamedTuple):
     content: memoryview
 
 
-def encode_sections(tables: Mapping[str, Rows | None], events: Sequence[Event]) -> list[Buffer]:
+def encode_sections(tables: Mapping[str, Rows | None], events: Sequence[Event]) -> list[bytes]:
     """The payload as a list of buffers; tables that are None or empty take no space.
 
     Raises:
         TypeError: rows are not of the schema's dtype.
     """
-    payload: list[Buffer] = []
+    payload: list[bytes] = []
     for table, rows in tables.items():
-        if rows is None or not len(rows):
+        if rows is None or not rows.size:
             continue
         dtype = ROWS[table]
         if rows.dtype is not dtype and rows.dtype != dtype:
             raise TypeError(f"Recorder.write: got {table} rows of dtype {rows.dtype}, expected schema.ROWS[{table!r}]")
-        packed = np.ascontiguousarray(rows).reshape(-1)
-        payload += [_SECTION.pack(_TABLE_IDS[table], dtype.itemsize, len(packed), packed.nbytes), packed.data]
+        packed = rows.tobytes()  # 1 us for 400 rows, as long as numpy takes to describe the same memory to a memoryview
+        payload += [_SECTION.pack(_TABLE_IDS[table], dtype.itemsize, rows.size, len(packed)), packed]
     if events:
         text = json.dumps([_event_fields(event) for event in events], default=str).encode()
         payload += [_SECTION.pack(_TABLE_IDS["events"], 0, len(events), len(text)), text]

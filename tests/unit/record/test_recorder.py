@@ -314,9 +314,11 @@ def test_a_read_only_folder_costs_the_rows_until_it_is_writable(run_dir: Path, m
     assert recorded_steps(run_dir) == [1]
 
 
-@pytest.mark.parametrize("segment_bytes", [1, 48 << 20])
-def test_a_deleted_run_folder_is_noticed_and_not_brought_back(run_dir: Path, segment_bytes: int) -> None:
-    recorder = Recorder(run_dir, segment_bytes=segment_bytes)
+@pytest.mark.parametrize(("segment_bytes", "sync_seconds"), [(1, 3600), (48 << 20, 0)])
+def test_a_deleted_run_folder_is_noticed_and_not_brought_back(
+    run_dir: Path, segment_bytes: int, sync_seconds: float
+) -> None:
+    recorder = Recorder(run_dir, segment_bytes=segment_bytes, sync_seconds=sync_seconds)
     assert recorder.write(0)
     shutil.rmtree(run_dir)
 
@@ -327,6 +329,34 @@ def test_a_deleted_run_folder_is_noticed_and_not_brought_back(run_dir: Path, seg
 
     assert acknowledged == [False, False]
     assert not run_dir.exists()
+
+
+def test_a_deleted_log_is_noticed_at_the_next_sync_and_a_new_one_is_begun(run_dir: Path) -> None:
+    recorder = Recorder(run_dir, sync_seconds=3600)
+    assert recorder.write(0, steps=np.zeros(1, ROWS["steps"]))
+    (run_dir / "wal/rank=0/segment-000000.log").unlink()
+    assert recorder.write(1, steps=np.zeros(1, ROWS["steps"]))
+
+    with pytest.warns(RuntimeWarning, match="deleted"):
+        assert not recorder.write(2, events=[Event(kind="nonfinite", message="", severity="error")])  # which syncs
+
+    assert recorder.write(3, steps=np.zeros(1, ROWS["steps"]))
+    assert recorded_steps(run_dir) == [3]
+    [event] = events(run_dir)
+    assert event.kind == "lost_rows"
+    assert "the log has been deleted, with the 5 frames it held" in event.message
+
+
+def test_a_script_that_changes_its_directory_changes_nothing(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir.mkdir()
+    monkeypatch.chdir(run_dir.parent)
+    recorder = Recorder(Path(run_dir.name), segment_bytes=1)
+    recorder.write(0, steps=np.zeros(1, ROWS["steps"]))
+
+    monkeypatch.chdir("/")
+
+    assert recorder.write(1, steps=np.zeros(1, ROWS["steps"]))
+    assert recorded_steps(run_dir) == [0, 1]
 
 
 def test_a_failing_sync_warns_and_loses_no_acknowledged_step(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
