@@ -1,4 +1,4 @@
-"""The replay buffer: a reservoir of examples with the logits the network gave them, as a structure of tensors."""
+"""The replay buffer: examples with the logits the network gave them, as a structure of tensors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stabilitykit.errors import UsageError
 from trainers.guards import finite_rows
+from trainers.policies import POLICIES
 
 TENSORS = ("examples", "labels", "logits", "task_labels", "importance", "uids", "inserted_steps")
 COUNTERS = ("filled", "n_seen", "num_steps", "num_rejected", "num_quarantined")
@@ -23,6 +24,7 @@ class BufferConfig:
     Attributes:
         size: slots.
         minibatch_size: samples a draw.
+        policy: which offers a full buffer takes: `reservoir`, `class_balanced` or `importance`.
         sanitise: refuse rows whose example or logits are not finite (guard 4).
         clamp_logits: clamp stored logits to this magnitude; 0 stores them as they are, since a clamped teacher pulls
             every larger student logit down.
@@ -31,6 +33,7 @@ class BufferConfig:
 
     size: int = 200
     minibatch_size: int = 32
+    policy: str = "reservoir"
     sanitise: bool = True
     clamp_logits: float = 0.0
     audit_every: int = 0
@@ -40,6 +43,8 @@ class BufferConfig:
             raise UsageError(f"--buffer_size: got {self.size}, expected 1 or more")
         if self.minibatch_size < 1:
             raise UsageError(f"--minibatch_size: got {self.minibatch_size}, expected 1 or more")
+        if self.policy not in POLICIES:
+            raise UsageError(f"--buffer_policy: got {self.policy!r}, expected one of {', '.join(POLICIES)}")
         if not 0 <= self.clamp_logits < math.inf:
             raise UsageError(f"--clamp_logits: got {self.clamp_logits}, expected 0 (off) or a positive magnitude")
         if self.audit_every < 0:
@@ -47,7 +52,7 @@ class BufferConfig:
 
 
 class ReplayBuffer:
-    """A reservoir (Vitter's algorithm R): after n offers every one of them is held with probability capacity / n.
+    """Slots filled by a policy; by default a reservoir, which holds every offer with the same probability.
 
     `examples, labels, logits, task_labels, importance, uids, inserted_steps` are views of the filled slots, first
     dimension = slot.  `uids` number the offers of the run and are never reused; `num_steps` counts insertions and is
@@ -68,6 +73,7 @@ class ReplayBuffer:
         self.config = config
         self.capacity = config.size
         self.generator = generator
+        self.policy = POLICIES[config.policy](num_classes)
         self.filled = self.n_seen = self.num_steps = self.num_rejected = self.num_quarantined = 0
         self.storage = {
             "examples": torch.zeros(config.size, *shape),
@@ -77,6 +83,7 @@ class ReplayBuffer:
             "importance": torch.zeros(config.size),
             "uids": torch.zeros(config.size, dtype=torch.int64),
             "inserted_steps": torch.zeros(config.size, dtype=torch.int64),
+            "keys": torch.zeros(config.size, dtype=torch.float64),
         }
 
     def __getattr__(self, name: str) -> Tensor:
@@ -105,7 +112,7 @@ class ReplayBuffer:
             "task_labels": torch.full_like(labels, task),
             "importance": importance,
         }
-        accepted = self.accept(len(rows))
+        accepted = self.policy.accept(self, labels[rows], importance[rows])
         slots = torch.tensor(list(accepted), dtype=torch.int64)
         offers = torch.tensor(list(accepted.values()), dtype=torch.int64)
         for name, values in columns.items():
@@ -121,17 +128,6 @@ class ReplayBuffer:
         sound = finite_rows(examples) & finite_rows(logits)
         self.num_rejected += len(sound) - int(sound.sum())
         return sound.nonzero().flatten()
-
-    def accept(self, num_offers: int) -> dict[int, int]:
-        """Slot -> offer for the next `num_offers` offers; the later of two that fall on one slot stays."""
-        accepted = {}
-        for offer, chance in enumerate(torch.rand(num_offers, dtype=torch.float64, generator=self.generator).tolist()):
-            slot = self.filled if self.filled < self.capacity else int(chance * (self.n_seen + 1))
-            self.filled = min(self.filled + 1, self.capacity)
-            self.n_seen += 1
-            if slot < self.capacity:
-                accepted[slot] = offer
-        return accepted
 
     def audit(self) -> int:
         """Drop every slot that is no longer finite, if an audit is due; the number dropped.
@@ -155,11 +151,11 @@ class ReplayBuffer:
     def state_dict(self) -> dict[str, Any]:
         """Everything a step changes; tensors by reference, as PyTorch does."""
         counters = {name: getattr(self, name) for name in COUNTERS}
-        return self.storage | counters | {"generator": self.generator.get_state()}
+        return self.storage | self.policy.state() | counters | {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put a state back, in place."""
-        for name, tensor in self.storage.items():
+        for name, tensor in (self.storage | self.policy.state()).items():
             tensor.copy_(state[name])
         for name in COUNTERS:
             setattr(self, name, state[name])

@@ -95,6 +95,7 @@ def _replay(args: argparse.Namespace) -> dict[str, Any]:
         "buffer": BufferConfig(
             size=args.buffer_size,
             minibatch_size=args.batch_size if args.minibatch_size is None else args.minibatch_size,
+            policy=args.buffer_policy,
             sanitise=args.sanitise_buffer,
             clamp_logits=args.clamp_logits,
             audit_every=args.buffer_audit_every,
@@ -113,6 +114,13 @@ def _replay(args: argparse.Namespace) -> dict[str, Any]:
             weight=args.causal_weight,
             warmup_tasks=args.causal_warmup_tasks,
             refresh_every=args.importance_refresh,
+            interval=args.causal_eval_interval,
+            num_interventions=args.causal_num_interventions,
+            hybrid_candidates=args.causal_hybrid_candidates,
+            num_probes=args.causal_num_probes,
+            micro_steps=args.true_micro_steps,
+            step_size=args.true_temp_lr,
+            irm_weight=args.irm_weight,
             isolate=args.isolate_causal,
         ),
     }

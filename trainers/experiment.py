@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from stabilitykit.errors import UsageError
 from trainers.buffer import BufferConfig, ReplayBuffer
 from trainers.datasets import DatasetConfig, DatasetSpec, load
@@ -18,7 +16,7 @@ from trainers.methods.causal_der import CausalConfig, CausalDer
 from trainers.methods.derpp import Derpp
 from trainers.methods.replaying import Der, Er
 from trainers.methods.sgd import ReplayConfig, Sgd
-from trainers.networks import NetworkConfig, build_network
+from trainers.networks import Network, NetworkConfig, build_network
 from trainers.optimisation import OptimizerConfig, Schedule, ScheduleConfig
 from trainers.precision import Precision, PrecisionConfig
 from trainers.progress import NoProgress, Progressing
@@ -127,7 +125,7 @@ def build_trainer(config: ExperimentConfig, progress: Progressing) -> Trainer:
         seed=config.seed,
         buffer=step.method.buffer,
         scaler=step.precision.scaler,
-        stateful=(step.method.transform, step.clip),
+        stateful=(step.method.transform, step.clip, step.method),
     )
     step.watch = watch
     watch.note(config=config.facts())
@@ -164,19 +162,27 @@ def new_results(config: ExperimentConfig) -> Results:
     )
 
 
-def build_step(config: ExperimentConfig, spec: DatasetSpec, network: nn.Module) -> TrainingStep:
+def build_step(config: ExperimentConfig, spec: DatasetSpec, network: Network) -> TrainingStep:
     """The training step with everything it changes."""
     precision = Precision(config.precision)
+    schedule = Schedule(config=config.schedule, base_lr=config.optimizer.lr, num_tasks=spec.num_tasks)
     buffer = ReplayBuffer(config.buffer, spec.shape, spec.num_classes, generator(config.seed, "buffer"))
     transform = Transform(spec, generator(config.seed, "replay augmentation"))
-    parts = (network, buffer, transform, precision, config.replay, spec.num_tasks)
-    kind = METHODS[config.method]
-    method = CausalDer(*parts, causal=config.causal) if kind is CausalDer else kind(*parts)
+    method = build_method(config, schedule, (network, buffer, transform, precision, config.replay, spec.num_tasks))
     return TrainingStep(
         method,
         config.optimizer.build(network),
-        Schedule(config=config.schedule, base_lr=config.optimizer.lr, num_tasks=spec.num_tasks),
+        schedule,
         precision,
         GradientClip(config.clip_norm),
         check=config.watch.check,
     )
+
+
+def build_method(config: ExperimentConfig, schedule: Schedule, parts: tuple[Any, ...]) -> Sgd:
+    """The method by name."""
+    kind = METHODS[config.method]
+    if not issubclass(kind, CausalDer):
+        return kind(*parts)
+    draws = generator(config.seed, "causal")
+    return kind(*parts, causal=config.causal, generator=draws, lr=lambda batch: schedule.lr(batch.task, batch.epoch))

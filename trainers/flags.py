@@ -98,12 +98,13 @@ def build_parser() -> Parser:
     """Every flag, with its default."""
     parser = Parser(
         prog="python -m trainers",
-        description="Train Causal-DER or DER++ on a stream of tasks, watched by stabilitykit.",
+        description="Train Causal-DER or one of its baselines on a stream of tasks, watched by stabilitykit.",
         allow_abbrev=False,
     )
     _add_run(parser)
     _add_training(parser)
     _add_replay(parser)
+    _add_causal(parser)
     _add_guards(parser)
     ignored = parser.add_argument_group("accepted and ignored, for commands written for Mammoth")
     for flag in IGNORED:
@@ -182,16 +183,30 @@ def _add_replay(parser: Parser) -> None:
     add = group.add_argument
     add("--buffer_size", default=200, type=whole, help="slots")
     add("--minibatch_size", default=None, type=whole, help="samples a draw (the batch size)")
+    add("--buffer_policy", default="reservoir", help="reservoir, class_balanced or importance (weighted reservoir)")
     add("--alpha", default=0.3, type=number, help="weight of the distillation towards stored logits")
     add("--beta", default=0.5, type=number, help="weight of the cross-entropy on replays")
     add("--kd", default="mse", help="mse or kl")
     add("--kd_temperature", default=2.0, type=number, help="of kl")
     add("--replay_draws", default=2, type=whole, help="1: both terms share a draw")
     add("--replay_warmup_tasks", default=0, type=whole, help="tasks without replay: 1 rehearses from the second on")
-    add("--use_causal_sampling", default=1, type=whole, help="importance of a sample: 0 none, 1 heuristic")
+
+
+def _add_causal(parser: Parser) -> None:
+    group = parser.add_argument_group("causal-der")
+    add = group.add_argument
+    add("--use_causal_sampling", default=1, type=whole, help="importance of a sample: 0 none, 1 heuristic, 2 hybrid, "
+        "3 interventional, 4 influence")  # fmt: skip
     add("--causal_weight", default=0.3, type=number, help="0 draws evenly, 1 by importance alone")
     add("--causal_warmup_tasks", default=2, type=whole, help="tasks over which that weight grows")
-    add("--importance_refresh", default=25, type=whole, help="steps between scorings of the whole buffer, 0 never")
+    add("--importance_refresh", default=25, type=whole, help="steps between scorings of the buffer (1, 4), 0 never")
+    add("--causal_eval_interval", default=50, type=whole, help="steps between interventions (2, 3)")
+    add("--causal_num_interventions", default=32, type=whole, help="candidates of each")
+    add("--causal_hybrid_candidates", default=128, type=whole, help="slots of which 2 intervenes on the nearest")
+    add("--causal_num_probes", default=64, type=whole, help="samples an effect is measured on")
+    add("--true_micro_steps", default=1, type=whole, help="steps of an intervention")
+    add("--true_temp_lr", default=0.0, type=number, help="their size, 0 for the optimizer's")
+    add("--irm_weight", default=0.0, type=number, help="weight of the IRMv1 penalty over tasks")
 
 
 def _add_guards(parser: Parser) -> None:

@@ -22,6 +22,36 @@ def heuristic_importance(logits: Tensor, labels: Tensor) -> Tensor:
     return (losses - low) / (high - low).clamp_min(1e-12) * doubt.square()
 
 
+def head_influence(features: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Mode 4: how the mean loss of all other samples changes, per unit of step, when one is learnt; (N,), float64.
+
+    -<mean of the others' g, own g>, g the gradient of a sample's cross-entropy for the classifier's weight and bias:
+    (p - onehot(y)) (x) (h, 1).  First order; negative is helpful.  Leaving the sample itself out keeps it from
+    recommending itself.  One forward for the whole buffer.
+
+    Args:
+        features: (N, D), what the classifier saw.
+        logits: (N, K).
+        labels: (N,) int64.
+    """
+    errors = logits.double().softmax(1)
+    errors[torch.arange(len(labels)), labels] -= 1
+    inputs = torch.cat([features.double(), features.new_ones(len(features), 1).double()], 1)
+    with_all = ((errors @ (errors.T @ inputs)) * inputs).sum(1)
+    own = errors.square().sum(1) * inputs.square().sum(1)
+    return (own - with_all) / max(1, len(labels) - 1)
+
+
+def ranked(values: Tensor) -> Tensor:
+    """Ranks scaled to [0, 1], the largest 1: effects are heavy-tailed, and one outlier must not take every draw."""
+    return values.argsort().argsort().float() / max(1, len(values) - 1)
+
+
+def effective_share(probabilities: Tensor) -> float:
+    """Kish's effective sample size over the number of slots: 1 for even draws, 1 / N when one slot takes them all."""
+    return float(probabilities.sum().square() / probabilities.square().sum() / len(probabilities))
+
+
 def blended_probabilities(importance: Tensor, weight: float) -> Tensor:
     """p_i = (1 - weight) / N + weight * w_i / sum(w), w the importance within [FLOOR, CAP]; float64.
 

@@ -58,7 +58,22 @@ class BasicBlock(nn.Module):
         return relu(out + self.shortcut(x))
 
 
-class ResNet(nn.Module):
+class Network(nn.Module):
+    """A vector of features and a linear classifier on it: what causal scores ask of a network."""
+
+    classifier: nn.Linear
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the vector the classifier sees."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of all classes, seen or not."""
+        logits: Tensor = self.classifier(self.features(x))
+        return logits
+
+
+class ResNet(Network):
     """A residual network for small images: 3x3 stem without max-pooling, one stage a width, linear classifier."""
 
     def __init__(
@@ -92,13 +107,8 @@ class ResNet(nn.Module):
         pooled: Tensor = self.stages(x).mean(dim=(2, 3))
         return pooled
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits of all classes, seen or not."""
-        logits: Tensor = self.classifier(self.features(x))
-        return logits
 
-
-class MnistMlp(nn.Module):
+class MnistMlp(Network):
     """Mammoth's MNISTMLP: 784-100-100-classes, Xavier weights, zero biases."""
 
     def __init__(self, num_inputs: int, num_classes: int, *, pool: int) -> None:
@@ -116,28 +126,23 @@ class MnistMlp(nn.Module):
         x = avg_pool2d(x, self.pool) if self.pool > 1 else x
         return relu(self.fc2(relu(self.fc1(x.flatten(1)))))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits of all classes, seen or not."""
-        logits: Tensor = self.classifier(self.features(x))
-        return logits
-
 
 def _group_norm(channels: int) -> nn.Module:
     return nn.GroupNorm(min(4, channels), channels)
 
 
-def _residual(width: int, blocks: tuple[int, ...]) -> Callable[[NetworkConfig, Shape, int], nn.Module]:
-    def build(config: NetworkConfig, shape: Shape, num_classes: int) -> nn.Module:
+def _residual(width: int, blocks: tuple[int, ...]) -> Callable[[NetworkConfig, Shape, int], Network]:
+    def build(config: NetworkConfig, shape: Shape, num_classes: int) -> Network:
         return ResNet(shape[0], num_classes, width=width, blocks=blocks, norm=config.norm, pool=config.pool)
 
     return build
 
 
-def _mlp(config: NetworkConfig, shape: Shape, num_classes: int) -> nn.Module:
+def _mlp(config: NetworkConfig, shape: Shape, num_classes: int) -> Network:
     return MnistMlp(shape[0] * shape[1] * shape[2], num_classes, pool=config.pool)
 
 
-NETWORKS: Mapping[str, Callable[[NetworkConfig, Shape, int], nn.Module]] = {
+NETWORKS: Mapping[str, Callable[[NetworkConfig, Shape, int], Network]] = {
     "resnet8": _residual(16, (1, 1, 1)),
     "reduced-resnet18": _residual(20, (2, 2, 2, 2)),
     "resnet18": _residual(64, (2, 2, 2, 2)),
@@ -145,6 +150,6 @@ NETWORKS: Mapping[str, Callable[[NetworkConfig, Shape, int], nn.Module]] = {
 }
 
 
-def build_network(config: NetworkConfig, shape: Shape, num_classes: int) -> nn.Module:
+def build_network(config: NetworkConfig, shape: Shape, num_classes: int) -> Network:
     """The named network for images of `shape` (C, H, W)."""
     return NETWORKS[config.name](config, shape, num_classes)

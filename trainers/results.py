@@ -22,6 +22,7 @@ class Results:
     Attributes:
         num_tasks: tasks of the run; `num_sessions` is how often it trains and evaluates: once when it learns jointly.
         class_il_matrix: row i after session i, column j accuracy on task j, percent.
+        facts: what the method said of itself after each task.
         before: accuracies on tasks 1, 2, ... just before each was learnt; `untrained`: of the network that began.
     """
 
@@ -39,6 +40,7 @@ class Results:
     last_loss: float = math.nan
     num_steps: int = 0
     num_skipped: int = 0
+    facts: dict[str, list[Any]] = field(default_factory=dict)
     guards: dict[str, int] = field(default_factory=dict)
     cpu_seconds: float = 0.0
 
@@ -61,6 +63,11 @@ class Results:
         """Take in the accuracies on a task that is about to be learnt."""
         self.before.class_il.extend(accuracies.class_il)
         self.before.task_il.extend(accuracies.task_il)
+
+    def add_facts(self, facts: dict[str, Any]) -> None:
+        """Take in what the method says of a task, a list a fact."""
+        for name, value in facts.items():
+            self.facts.setdefault(name, []).append(value)
 
     @property
     def finished(self) -> bool:
@@ -98,6 +105,7 @@ class Results:
             "task_il_before": self.before.task_il,
             "task_il_untrained": self.untrained.task_il,
             "train_eval_gaps": self.train_eval_gaps,
+            **self.facts,
             "last_loss": self.last_loss,
             "num_steps": self.num_steps,
             "num_skipped": self.num_skipped,

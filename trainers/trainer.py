@@ -122,6 +122,7 @@ class Trainer:
         seen = self.stream.tasks_of(task)[-1]
         self.results.train_eval_gaps.append(self.gap(seen))
         self.results.add(evaluate(self.network, self.test, self.stream.transform, seen=seen))
+        self.results.add_facts(self.step.method.end_task(task))
         self.results.guards = self.guard_counts()
         self.results.cpu_seconds = time.process_time() - self.started
         self.watch.log(class_il=self.results.class_il, task_il=self.results.task_il)

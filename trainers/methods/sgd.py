@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from stabilitykit.errors import UsageError
@@ -14,6 +14,7 @@ from trainers.batch import Batch, Replay
 
 if TYPE_CHECKING:
     from trainers.buffer import ReplayBuffer
+    from trainers.networks import Network
     from trainers.precision import Precision
     from trainers.stream import Transform
 
@@ -68,7 +69,7 @@ class Sgd:
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Network,
         buffer: ReplayBuffer,
         transform: Transform,
         precision: Precision,

@@ -61,16 +61,37 @@ def test_a_step_is_the_ten_line_definition_of_derpp_bit_for_bit(tmp_path: Path) 
     assert torch.equal(buffer.logits[-len(batch.labels) :], outputs.detach())
 
 
-def test_a_causal_computation_whose_result_is_unused_changes_no_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", [1, 2, 3, 4])
+def test_a_causal_computation_whose_result_is_unused_changes_no_bit(tmp_path: Path, mode: int) -> None:
     plain = make_trainer(tmp_path / "derpp")
-    causal = CausalConfig(weight=0.0, refresh_every=1)
+    causal = CausalConfig(mode=mode, weight=0.0, refresh_every=1, interval=1, num_interventions=4)
     scored = make_trainer(tmp_path / "causal", method="causal-der", causal=causal)
 
-    take_steps(plain, 6)
-    take_steps(scored, 6)
+    for task in (0, 1):
+        take_steps(plain, 3, task)
+        take_steps(scored, 3, task)
 
     assert torch.equal(weights(plain), weights(scored))
     assert not torch.equal(plain.step.method.buffer.importance, scored.step.method.buffer.importance)
+    assert all(
+        mine.training == theirs.training
+        for mine, theirs in zip(plain.network.modules(), scored.network.modules(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("mode", [1, 2, 3, 4])
+def test_every_importance_mode_changes_what_is_learnt(tmp_path: Path, mode: int) -> None:
+    plain = make_trainer(tmp_path / "derpp")
+    causal = CausalConfig(mode=mode, weight=0.9, warmup_tasks=1, refresh_every=2, interval=2, num_interventions=16)
+    scored = make_trainer(tmp_path / "causal", method="causal-der", causal=causal)
+
+    for task in (0, 1):
+        take_steps(plain, 4, task)
+        take_steps(scored, 4, task)
+
+    assert not torch.equal(weights(plain), weights(scored))
+    assert weights(scored).isfinite().all()
+    assert scored.step.method.num_bad_scores == 0
 
 
 def test_without_isolation_scoring_moves_the_statistics_of_batch_norm(tmp_path: Path) -> None:
