@@ -28,7 +28,7 @@ class MonitorConfig:
         audit_every: look through the replay buffer every so many steps; 0: never.
         outputs, output_gradients, parameters, gradients, optimizer_state, module_buffers: what is recorded.
         report: render `report.html` in a child process at a fault and at close.
-        compact: turn the log into parquet parts in a child process at close.
+        compact: turn the log into parquet parts in child processes, while the run goes on and at close.
         resume: go on in a run folder that exists, as its next attempt.
         seed: written into the run's facts.
 

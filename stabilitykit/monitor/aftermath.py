@@ -1,16 +1,19 @@
-"""What happens in child processes when a run faults or ends: compaction of the log and the report."""
+"""What happens in child processes: compaction of the log while the run goes on and at its end, and the report."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
 from stabilitykit.config import MonitorConfig
 
 PATIENCE_SECONDS = 120.0
+_LEAST_PRIORITY = 19
+_COMPACT = "stabilitykit.record.compact"
 
 
 def new_run_dir() -> Path:
@@ -21,40 +24,84 @@ def new_run_dir() -> Path:
 
 
 class Aftermath:
-    """Runs the second half of the toolkit in processes of its own: no pandas and no parquet in the training process."""
+    """Runs the second half of the toolkit in processes of its own: no pandas and no parquet in the training process.
+
+    Children work in the directory the run was started in, so that `run_dir` means the same to them. In a forked child
+    of the training process every method does nothing.
+    """
 
     def __init__(self, run_dir: Path, config: MonitorConfig) -> None:
         self._run_dir, self._config = run_dir, config
+        self._directory = None if run_dir.is_absolute() else Path.cwd()
+        self._pid = os.getpid()
+        self._compactor: subprocess.Popen[bytes] | None = None
+        self._num_taken = 0  # sealed segments that a compactor was started for
+
+    def tend(self, num_sealed: int) -> None:
+        """Compact what has been sealed, in a process that nobody waits for; called after each step.
+
+        There is one such process at a time. Whether it did well is of no interest: what it left, the next one takes,
+        or the one at the end.
+        """
+        if num_sealed == self._num_taken and self._compactor is None:
+            return
+        if os.getpid() != self._pid or not self._config.compact:
+            return
+        if self._compactor is not None:
+            if self._compactor.poll() is None:
+                return
+            self._compactor = None
+        if num_sealed > self._num_taken:
+            self._num_taken = num_sealed
+            self._compactor = self._start(_COMPACT, str(self._run_dir))
+            if self._compactor is not None:
+                with suppress(OSError):
+                    os.setpriority(os.PRIO_PROCESS, self._compactor.pid, _LEAST_PRIORITY)
 
     def render(self) -> str:
         """Render the report and wait for it; its path, empty when none is wanted or it could not be made."""
-        if not self._config.report:
+        if os.getpid() != self._pid or not self._config.report:
             return ""
-        done = _run("stabilitykit", "report", str(self._run_dir))
+        done = _wait(self._start("stabilitykit", "report", str(self._run_dir)))
         path = self._run_dir / "report.html"
-        return str(path) if done and path.exists() else ""
+        return str(path) if done and Path(self._directory or "", path).exists() else ""
 
     def finish(self) -> None:
         """Write the parquet parts, then the report of the whole run."""
+        if os.getpid() != self._pid:
+            return
+        compactor, self._compactor = self._compactor, None
+        _wait(compactor)
         if self._config.compact:
-            _run("stabilitykit.record.compact", str(self._run_dir), "--all")
+            _wait(self._start(_COMPACT, str(self._run_dir), "--all"))
         self.render()
 
+    def _start(self, module: str, *arguments: str) -> subprocess.Popen[bytes] | None:
+        """A module of ours in a child; None where there is no room for one: the log stays, and can be read."""
+        home = str(Path(__file__).parents[2])
+        path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH", ""))))
+        try:
+            return subprocess.Popen(  # noqa: S603 - our own modules, no shell
+                [sys.executable, "-P", "-m", module, *arguments],  # -P: none of the user's files is taken for a module
+                cwd=self._directory,
+                env=os.environ | {"PYTHONPATH": path},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        except OSError:
+            return None
 
-def _run(module: str, *arguments: str) -> bool:
-    """Run a module of ours in a child; False where it did not end well: the log is still there, and can be read."""
-    home = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH", ""))))
-    try:
-        done = subprocess.run(  # noqa: S603 - our own modules, no shell
-            [sys.executable, "-m", module, *arguments],
-            env=os.environ | {"PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            timeout=PATIENCE_SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.SubprocessError):
+
+def _wait(child: subprocess.Popen[bytes] | None) -> bool:
+    """Whether the child ended well; one that takes too long, or that we are interrupted at, is ended."""
+    if child is None:
         return False
-    return done.returncode in (0, 1)
+    try:
+        return child.wait(PATIENCE_SECONDS) in (0, 1)
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        if child.returncode is None:
+            child.kill()
+            child.wait()

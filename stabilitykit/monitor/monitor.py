@@ -71,7 +71,7 @@ class Monitor:
         self._model = model
         extras = [entry for entry in (*stateful, scaler, replay_buffer) if entry is not None]
         self._state = TrainingState(model, optimizers, extras)
-        self._ledger = Ledger(run_dir, model, config, replay_buffer)
+        self._ledger = Ledger(run_dir.absolute(), model, config, replay_buffer)  # the script may change its directory
         self._aftermath = Aftermath(run_dir, config)
         self._history = self._new_history()
         self._replay_buffer = replay_buffer
@@ -267,6 +267,7 @@ class Monitor:
             self._record(reading, started - self._started if seconds is None else seconds, skipped=skipped)
         except Exception as error:  # noqa: BLE001 - a measurement of ours: the step is counted, its rows are lost
             self._ledger.own_error(error)
+        self._aftermath.tend(self._ledger.recorder.num_sealed)
         self._ledger.cost(time.perf_counter() - started)
         if not skipped:
             self._num_consecutive = 0

@@ -32,7 +32,7 @@ class Segment:
         """Create the file.
 
         Raises:
-            FileExistsError: another writer has this number.
+            FileExistsError: another writer has this number, or a compactor looked at the file before it was locked.
             OSError: the file cannot be created.
         """
         self.path = path
@@ -41,9 +41,10 @@ class Segment:
         self.torn = False
         self._announced = 0
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        with suppress(OSError):  # a file system without locks; only `compact --all` would have used it
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _OPEN.add(self)
+        if take_lock(self._descriptor) is False:
+            self.close()
+            raise FileExistsError(errno.EEXIST, "another process holds the lock", str(path))
 
     def __del__(self) -> None:
         self.close()  # a recorder that nobody closed must not keep the lock
@@ -103,10 +104,11 @@ class Segment:
 
 
 def take_lock(descriptor: int) -> bool | None:
-    """Lock a segment against other compactors, until the descriptor is closed.
+    """Lock a segment, as its writer or as its compactor, until the descriptor is closed.
 
     Returns:
-        False: its writer lives, or another compactor is at it. None: the file system has no locks.
+        False: its writer lives, or a compactor is at it. None: the file system has no locks; only `compact --all`
+        would have needed it.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
