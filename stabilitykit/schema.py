@@ -84,7 +84,7 @@ BUFFER_ROW = np.dtype(
         ("filled", "<i8"),
         ("bad_examples", "<i8"),  # slots with a NaN or Inf
         ("bad_logits", "<i8"),
-        ("bad_labels", "<i8"),  # negative, or not an integer dtype
+        ("bad_labels", "<i8"),  # outside the classes; all of them where they are no integers
         ("duplicates", "<i8"),  # filled slots whose example equals an earlier slot's; -1: not counted
         ("num_classes", "<i8"),
         ("class_balance", "<f8"),  # entropy of the labels / log(num_classes): 1 is even
@@ -93,6 +93,14 @@ BUFFER_ROW = np.dtype(
         ("logit_l2", "<f8"),  # root mean square
         ("age", "<f8"),  # mean steps since insertion, nan where the buffer does not say
         ("teacher_drift", "<f8"),  # root mean square of (stored - current logits), nan where not measured
+        ("example_min", "<f8"),  # over the finite values; integers as well
+        ("example_max", "<f8"),
+        ("least_held", "<i8"),  # slots of the class that has the fewest of those held; -1: no classes
+        ("most_held", "<i8"),
+        ("age_max", "<f8"),
+        ("age_share", "<f8"),  # mean age / age of the run, by insertion step or uid: 0.5 for a uniform reservoir
+        ("teacher_agreement", "<f8"),  # share of slots in which stored and current logits rank the same class first
+        ("drift_slots", "<i8"),  # slots the drift was measured on
     ]
 )
 EVENT_COLUMNS = ("wall_time", "kind", "severity", "subject", "message", "data")

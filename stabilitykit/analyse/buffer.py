@@ -32,7 +32,11 @@ def buffer_health(buffer: pd.DataFrame) -> tuple[BufferMeasure, ...]:
 
 
 def _measure(buffer: pd.DataFrame, column: str, name: str, worst: Worst, how: str) -> BufferMeasure | None:
-    rows = buffer[np.isfinite(buffer[column].astype(float)) & (buffer[column] >= 0)]
+    if column not in buffer:
+        return None
+    measured = buffer[column].astype(float)
+    known = np.isfinite(measured) if column in _SIGNED else np.isfinite(measured) & (measured >= 0)  # -1: not counted
+    rows = buffer[known]
     if rows.empty:
         return None
     values = rows[column].to_numpy(np.float64)
@@ -48,6 +52,7 @@ def _measure(buffer: pd.DataFrame, column: str, name: str, worst: Worst, how: st
     )
 
 
+_SIGNED = {"example_min", "example_max"}
 _MEASURES: dict[str, tuple[str, Worst, str]] = {
     "filled": ("Slots filled", "max", "of the buffer's capacity"),
     "bad_examples": ("Slots with a bad example", "max", "examples with a NaN or Inf; a replay of one poisons the step"),
@@ -56,13 +61,28 @@ _MEASURES: dict[str, tuple[str, Worst, str]] = {
         "max",
         "stored logits with a NaN or Inf; distilling from them is a NaN",
     ),
-    "bad_labels": ("Slots with a bad label", "max", "negative, or not an integer"),
+    "bad_labels": ("Slots with a bad label", "max", "outside the classes, or not an integer"),
     "duplicates": ("Duplicates", "max", "filled slots whose example equals an earlier slot's"),
     "num_classes": ("Classes held", "min", "fewer than were seen: those are being forgotten"),
     "class_balance": ("Class balance", "min", "entropy of the labels over its maximum: 1 is even"),
+    "least_held": ("Rarest class", "min", "slots of the class that has the fewest; replay hardly rehearses it"),
+    "most_held": ("Commonest class", "max", "slots of the class that has the most"),
+    "example_min": ("Least value of an example", "min", "a jump says that examples are stored in another scale"),
+    "example_max": ("Largest value of an example", "max", "a jump says that examples are stored in another scale"),
     "example_absmax": ("Largest |example|", "max", "grows when examples are stored before normalisation"),
     "logit_absmax": ("Largest |logit|", "max", "teachers whose logits grow pull the student's along"),
     "logit_l2": ("Typical logit", "max", "root mean square"),
     "age": ("Mean age", "max", "steps since insertion"),
+    "age_max": ("Greatest age", "max", "steps since the oldest slot was filled"),
+    "age_share": (
+        "Mean age of the run",
+        "max",
+        "0.5 where every example had the same chance; more: the buffer lives in the past, less: it forgets it",
+    ),
     "teacher_drift": ("Teacher drift", "max", "root mean square between stored and current logits"),
+    "teacher_agreement": (
+        "Teacher agreement",
+        "min",
+        "share of slots in which stored and current logits rank the same class first",
+    ),
 }

@@ -76,3 +76,14 @@ def test_buffer_measures_are_first_last_and_worst_and_alarms_come_first() -> Non
     balance = next(measure for measure in measures if measure.name == "Class balance")
     assert (balance.worst, balance.worst_step) == (0.4, 50)
     assert not {"Duplicates", "Mean age"} & {measure.name for measure in measures}
+
+
+def test_a_measure_may_be_negative_but_a_count_of_minus_one_was_not_taken() -> None:
+    rows = np.zeros(2, BUFFER_ROW)
+    rows["example_min"], rows["least_held"] = [-2.0, -3.0], -1
+    table = pd.DataFrame(rows).assign(step=[0, 50])
+
+    measures = {measure.name: measure for measure in buffer_health(table)}
+
+    assert (measures["Least value of an example"].worst, measures["Least value of an example"].worst_step) == (-3.0, 50)
+    assert "Rarest class" not in measures
