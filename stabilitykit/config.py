@@ -30,6 +30,7 @@ class MonitorConfig:
         report: render `report.html` in a child process at a fault and at close.
         compact: turn the log into parquet parts in child processes, while the run goes on and at close.
         resume: go on in a run folder that exists, as its next attempt.
+        first_step: number of this attempt's first step; what an earlier one recorded from there on counts as redone.
         seed: written into the run's facts.
 
     Raises:
@@ -55,6 +56,7 @@ class MonitorConfig:
     report: bool = True
     compact: bool = True
     resume: bool = False
+    first_step: int = 0
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -99,6 +101,7 @@ _LEAST: Mapping[str, float] = {
     "history_bytes": 0,
     "run_up": 0,
     "audit_every": 0,
+    "first_step": 0,
 }
 PRESETS: Mapping[str, MonitorConfig] = {
     "light": MonitorConfig(cadence=100, output_gradients=False, parameters=False),

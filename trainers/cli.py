@@ -14,6 +14,7 @@ import torch
 from stabilitykit.errors import NonFiniteError, StabilityKitError, UsageError
 from trainers import flags, progress
 from trainers.buffer import BufferConfig
+from trainers.checkpoint import read_checkpoint
 from trainers.datasets import DatasetConfig
 from trainers.experiment import ExperimentConfig, run
 from trainers.methods.causal_der import CausalConfig
@@ -29,11 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        args = flags.parse(argv)
-        config = configure(args, ("python", "-m", "trainers", *argv))
-        if args.num_threads:
-            torch.set_num_threads(args.num_threads)
-        results = run(config, progress.NoProgress() if args.non_verbose else progress.for_stdout())
+        train(list(argv))
     except NonFiniteError as error:
         print(f"python -m trainers: {error}", file=sys.stderr)
         return 1
@@ -43,8 +40,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("python -m trainers: interrupted", file=sys.stderr)
         return 130
-    print(f"Class-IL {results.class_il:.2f} %, Task-IL {results.task_il:.2f} %: {config.run_dir / 'results.json'}")
     return 0
+
+
+def train(argv: list[str]) -> None:
+    """One run, from its first step or from a checkpoint."""
+    args = flags.parse(argv)
+    if args.resume:
+        argv = resumed_flags(args.resume, argv)
+        args = flags.parse(argv)
+    config = configure(args, ("python", "-m", "trainers", *argv))
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    shown = progress.NoProgress() if args.non_verbose else progress.for_stdout()
+    results = run(config, shown, resume=bool(args.resume))
+    print(f"Class-IL {results.class_il:.2f} %, Task-IL {results.task_il:.2f} %: {config.run_dir / 'results.json'}")
+
+
+def resumed_flags(run_dir: Path, argv: list[str]) -> list[str]:
+    """The flags a run was started with, then those of this command, with the folder as it is named now."""
+    command = read_checkpoint(run_dir)["config"]["command"]
+    first = command[3:]  # after python -m trainers
+    return [*first, *argv, "--run_dir", str(run_dir)]
 
 
 def configure(args: argparse.Namespace, command: tuple[str, ...]) -> ExperimentConfig:
@@ -72,7 +89,12 @@ def configure(args: argparse.Namespace, command: tuple[str, ...]) -> ExperimentC
             validation=args.validation,
         ),
         network=NetworkConfig(name=args.backbone, norm=args.norm, pool=args.pool),
-        trainer=TrainerConfig(num_epochs=args.n_epochs, freeze_bn=args.freeze_bn, stop_after=args.stop_after),
+        trainer=TrainerConfig(
+            num_epochs=args.n_epochs,
+            freeze_bn=args.freeze_bn,
+            stop_after=args.stop_after,
+            checkpoint_every=args.checkpoint_every,
+        ),
         watch=WatchConfig(
             monitor=args.monitor,
             check=args.validate_step,

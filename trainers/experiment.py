@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stabilitykit.errors import UsageError
 from trainers.buffer import BufferConfig, ReplayBuffer
+from trainers.checkpoint import read_checkpoint
 from trainers.datasets import DatasetConfig, DatasetSpec, load
 from trainers.guards import GradientClip
 from trainers.methods.causal_der import CausalConfig, CausalDer
@@ -21,11 +23,12 @@ from trainers.optimisation import OptimizerConfig, Schedule, ScheduleConfig
 from trainers.precision import Precision, PrecisionConfig
 from trainers.progress import NoProgress, Progressing
 from trainers.results import Results, claim_run_folder
+from trainers.run_state import check_same_run, restore, restore_results, sole_owner
 from trainers.seeding import generator, seed_everything
 from trainers.step import TrainingStep
 from trainers.stream import Stream, TaskSplit, Transform
 from trainers.trainer import Trainer, TrainerConfig
-from trainers.watching import SkipCounter, WatchConfig, attach
+from trainers.watching import SkipCounter, Watch, WatchConfig, attach
 
 METHODS: Mapping[str, type[Sgd]] = {
     "sgd": Sgd,
@@ -86,19 +89,33 @@ class ExperimentConfig:
         return facts
 
 
-def run(config: ExperimentConfig, progress: Progressing | None = None) -> Results:
-    """Train as configured.
+def run(config: ExperimentConfig, progress: Progressing | None = None, *, resume: bool = False) -> Results:
+    """Train as configured; `resume` goes on in the run folder from its last checkpoint.
 
     Raises:
         UsageError: data or options that cannot be right.
-        RunFolderError: the run folder is in use or cannot be written.
+        RunFolderError: the run folder is in use, cannot be written, or holds nothing to go on with.
         NonFiniteError: a step went non-finite and the policy is to raise.
     """
     progress = progress or NoProgress()
-    trainer = build_trainer(config, progress)
-    total = config.trainer.num_epochs * sum(map(trainer.stream.num_batches, range(config.num_sessions)))
-    progress.start(config.run_dir.name, total)
+    with ExitStack() as held:
+        state = None
+        if resume:
+            held.enter_context(sole_owner(config.run_dir))
+            state = read_checkpoint(config.run_dir)
+            results = new_results(config)
+            restore_results(results, state)
+            if results.finished:
+                return results
+        trainer = build_trainer(config, progress, state)
+        if not resume:
+            held.enter_context(sole_owner(config.run_dir))
+        return _fit(trainer, progress, config.run_dir.name)
+
+
+def _fit(trainer: Trainer, progress: Progressing, title: str) -> Results:
     error: BaseException | None = None
+    progress.start(title, trainer.num_steps(), trainer.results.num_steps)
     try:
         return trainer.fit()
     except BaseException as raised:
@@ -109,14 +126,48 @@ def run(config: ExperimentConfig, progress: Progressing | None = None) -> Result
         trainer.watch.close(error)
 
 
-def build_trainer(config: ExperimentConfig, progress: Progressing) -> Trainer:
-    """Load the data, claim the run folder, put the parts together."""
+def build_trainer(config: ExperimentConfig, progress: Progressing, state: dict[str, Any] | None = None) -> Trainer:
+    """Load the data, claim the run folder, put the parts together, and the state of an earlier attempt into them."""
     spec = config.dataset.spec
     train, test = (TaskSplit(split, spec, config.seed) for split in load(config.dataset, config.seed))
-    claim_run_folder(config.run_dir)
+    if state is None:
+        claim_run_folder(config.run_dir)
+    else:
+        check_same_run(state["config"], config.facts())
     seed_everything(config.seed)
     network = build_network(config.network, spec.shape, spec.num_classes)
     step = build_step(config, spec, network)
+    stream = Stream(
+        train,
+        batch_size=config.batch_size,
+        drop_last=config.drop_last,
+        transform=Transform(spec, generator(config.seed, "stream augmentation")),
+        order=generator(config.seed, "stream order"),
+        joint_tasks=config.num_tasks if config.method == "joint" else 0,
+    )
+    results = new_results(config)
+    if state is not None:
+        restore_results(results, state)
+    step.watch = build_watch(config, network, step, None if state is None else results.num_steps)
+    trainer = Trainer(
+        config.trainer,
+        test=test,
+        stream=stream,
+        step=step,
+        watch=step.watch,
+        skips=SkipCounter(config.watch),
+        results=results,
+        progress=progress,
+        run_dir=config.run_dir,
+        facts=config.facts(),
+    )
+    if state is not None:
+        restore(trainer, state)
+    return trainer
+
+
+def build_watch(config: ExperimentConfig, network: Network, step: TrainingStep, resume_at: int | None) -> Watch:
+    """Who watches, told what the run is."""
     watch = attach(
         network,
         step.optimizer,
@@ -126,28 +177,10 @@ def build_trainer(config: ExperimentConfig, progress: Progressing) -> Trainer:
         buffer=step.method.buffer,
         scaler=step.precision.scaler,
         stateful=(step.method.transform, step.clip, step.method),
+        resume_at=resume_at,
     )
-    step.watch = watch
     watch.note(config=config.facts())
-    stream = Stream(
-        train,
-        batch_size=config.batch_size,
-        drop_last=config.drop_last,
-        transform=Transform(spec, generator(config.seed, "stream augmentation")),
-        order=generator(config.seed, "stream order"),
-        joint_tasks=config.num_tasks if config.method == "joint" else 0,
-    )
-    return Trainer(
-        config.trainer,
-        test=test,
-        stream=stream,
-        step=step,
-        watch=watch,
-        skips=SkipCounter(config.watch),
-        results=new_results(config),
-        progress=progress,
-        run_dir=config.run_dir,
-    )
+    return watch
 
 
 def new_results(config: ExperimentConfig) -> Results:

@@ -150,6 +150,8 @@ def _add_run(parser: Parser) -> None:
     add("--download", default=False, type=switch, help="1: let torchvision download what is missing")
     add("--seed", default=0, type=whole, help="seeds everything")
     add("--run_dir", default=None, type=Path, help="run folder (runs/<model>-<dataset>-seed<seed>-<time>)")
+    add("--checkpoint_every", default=500, type=whole, help="steps between checkpoints, 0 when a task ends only")
+    add("--resume", default=None, type=Path, metavar="RUN_DIR", help="go on with a run from its last checkpoint")
     add("--monitor", default=True, type=switch, help="0: run bare, without stabilitykit's monitor")
     add("--stop_after", default=0, type=whole, help="end after so many tasks")
     add("--num_threads", default=0, type=whole, help="threads of one operation, 0 for PyTorch's choice")

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 class Progressing(Protocol):
     """Told of every step."""
 
-    def start(self, title: str, num_steps: int) -> None:
+    def start(self, title: str, num_steps: int, done: int = 0) -> None:
         """A run begins."""
 
     def step(self, task: int, epoch: int, loss: float, grad_norm: float, skipped: int) -> None:
@@ -29,7 +29,7 @@ class Progressing(Protocol):
 class NoProgress:
     """Says nothing."""
 
-    def start(self, title: str, num_steps: int) -> None:
+    def start(self, title: str, num_steps: int, done: int = 0) -> None:
         """Nothing."""
 
     def step(self, task: int, epoch: int, loss: float, grad_norm: float, skipped: int) -> None:
@@ -49,9 +49,9 @@ class PlainProgress(NoProgress):
         self.every_seconds = every_seconds
         self.title, self.num_steps, self.done, self.last = "", 0, 0, 0.0
 
-    def start(self, title: str, num_steps: int) -> None:
+    def start(self, title: str, num_steps: int, done: int = 0) -> None:
         """Announce the run."""
-        self.title, self.num_steps, self.done, self.last = title, num_steps, 0, time.monotonic()
+        self.title, self.num_steps, self.done, self.last = title, num_steps, done, time.monotonic()
         print(f"{title}: {num_steps:,} steps", flush=True)
 
     def step(self, task: int, epoch: int, loss: float, grad_norm: float, skipped: int) -> None:
@@ -81,10 +81,10 @@ class BarProgress(NoProgress):
         )
         self.row: TaskID | None = None
 
-    def start(self, title: str, num_steps: int) -> None:
+    def start(self, title: str, num_steps: int, done: int = 0) -> None:
         """Show the bar."""
         self.bar.start()
-        self.row = self.bar.add_task(title, total=num_steps, facts="")
+        self.row = self.bar.add_task(title, total=num_steps, completed=done, facts="")
 
     def step(self, task: int, epoch: int, loss: float, grad_norm: float, skipped: int) -> None:
         """Move it."""

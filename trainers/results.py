@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stabilitykit.errors import RunFolderError
+from stabilitykit.record.folder import replace_file
 from stabilitykit.schema import plain
 from trainers.evaluation import Accuracies, backward_transfer, forgetting, forward_transfer, mean
 
@@ -118,10 +118,7 @@ class Results:
     def write(self, run_dir: Path) -> None:
         """Replace results.json, whole or not at all."""
         text = json.dumps(plain(self.body()), indent=1, allow_nan=False)
-        handle, name = tempfile.mkstemp(dir=run_dir, prefix="results.", suffix=".tmp")
-        with os.fdopen(handle, "w") as file:
-            file.write(text + "\n")
-        Path(name).replace(run_dir / "results.json")
+        replace_file(run_dir, run_dir / "results.json", (text + "\n").encode())
 
 
 def claim_run_folder(run_dir: Path) -> None:

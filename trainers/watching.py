@@ -97,10 +97,13 @@ def attach(
     buffer: ReplayBuffer,
     scaler: torch.amp.GradScaler,
     stateful: Sequence[Stateful],
+    resume_at: int | None = None,
 ) -> Watch:
-    """A monitor on the run, or a bare watch."""
+    """A monitor on the run, or a bare watch; `resume_at`: the step an earlier attempt's checkpoint goes on with."""
+    first_step = resume_at or 0
     if not config.monitor:
-        return BareWatch(model, optimizer, config, scaler=scaler, stateful=(buffer, scaler, *stateful))
+        owners: tuple[Stateful, ...] = (buffer, scaler, *stateful)
+        return BareWatch(model, optimizer, config, scaler=scaler, stateful=owners, first_step=first_step)
     import stabilitykit
 
     monitor = stabilitykit.attach(
@@ -108,7 +111,11 @@ def attach(
         optimizer,
         run_dir=run_dir,
         config=stabilitykit.MonitorConfig(
-            seed=seed, cadence=config.record_every or None, max_consecutive_skips=config.max_skips
+            seed=seed,
+            cadence=config.record_every or None,
+            max_consecutive_skips=config.max_skips,
+            resume=resume_at is not None,
+            first_step=first_step,
         ),
         on_nonfinite=config.on_nonfinite,
         scaler=scaler if scaler.is_enabled() else None,
@@ -129,13 +136,14 @@ class BareWatch:
         *,
         scaler: torch.amp.GradScaler,
         stateful: Sequence[Stateful],
+        first_step: int = 0,
     ) -> None:
         self.model = model
         self.scaler = scaler
         self.config = config
         self.owners: tuple[Stateful, ...] = (model, optimizer, *stateful)
         self.snapshot: list[Any] = []
-        self.step_index = -1
+        self.step_index = first_step - 1
         self.task = 0.0
 
     def replayable(self, step: StepFunction) -> StepFunction:
@@ -156,7 +164,7 @@ class BareWatch:
     def take_snapshot(self) -> None:
         """Remember the state where the policy will want it back."""
         every = {"skip": 1, "rollback": self.config.snapshot_every}.get(self.config.on_nonfinite, 0)
-        if every and self.step_index % every == 0:
+        if every and (self.step_index % every == 0 or not self.snapshot):
             self.snapshot = [copy.deepcopy(owner.state_dict()) for owner in self.owners]
 
     def first_bad(self, loss: Tensor | None) -> str:

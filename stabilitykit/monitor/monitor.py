@@ -79,7 +79,7 @@ class Monitor:
         self._constants = {n: b.detach().clone() for n, b in model.named_buffers() if not is_finite(b)}
         self._run_up: deque[RunUpStep] = deque(maxlen=config.run_up or None)
         self._diagnosis: Diagnosis | None = None
-        self._step_index = 0
+        self._step_index = config.first_step
         self._mode: Literal["plain", "block", "replayable"] = "plain"
         self._inside = self._closed = self._concluded = False
         self._losses: dict[str, Tensor | float] = {}
