@@ -103,6 +103,7 @@ def run(config: ExperimentConfig, progress: Progressing | None = None, *, resume
         if resume:
             held.enter_context(sole_owner(config.run_dir))
             state = read_checkpoint(config.run_dir)
+            check_same_run(state["config"], config.facts())
             results = new_results(config)
             restore_results(results, state)
             if results.finished:
@@ -132,8 +133,6 @@ def build_trainer(config: ExperimentConfig, progress: Progressing, state: dict[s
     train, test = (TaskSplit(split, spec, config.seed) for split in load(config.dataset, config.seed))
     if state is None:
         claim_run_folder(config.run_dir)
-    else:
-        check_same_run(state["config"], config.facts())
     seed_everything(config.seed)
     network = build_network(config.network, spec.shape, spec.num_classes)
     step = build_step(config, spec, network)
