@@ -142,7 +142,11 @@ class Monitor:
 
     def note(self, **facts: Any) -> None:
         """Add facts to `run.json`: results, settings; anything JSON can hold."""
-        self._ledger.run_file.update(facts)
+        if reason := self._ledger.run_file.update(facts):
+            message = (
+                f"stabilitykit: run.json could not be written ({reason}); it is tried again when the run is closed"
+            )
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     @property
     def step_index(self) -> int:

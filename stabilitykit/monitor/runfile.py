@@ -70,10 +70,18 @@ class RunFile:
         made.write()
         return made
 
-    def update(self, facts: Mapping[str, Any]) -> None:
-        """Add facts of the caller's."""
+    def update(self, facts: Mapping[str, Any]) -> str:
+        """Add facts of the caller's.
+
+        Returns:
+            Why they are not in the file, empty when they are; the next update, or the one at close, tries again.
+        """
         self._facts |= plain(dict(facts))
-        self.write()
+        try:
+            self.write()
+        except RunFolderError as error:
+            return str(error.__cause__)
+        return ""
 
     def write(self) -> None:
         """Replace `run.json` in one move.

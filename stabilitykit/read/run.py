@@ -25,7 +25,11 @@ if TYPE_CHECKING:
     from stabilitykit.record.names import Names
 
 Attempts = Literal["latest", "all"]
-_DAMAGE_KINDS = ["damaged_log", "lost_rows"]
+_DAMAGE = {  # kinds of events that say what is missing, and how
+    "damaged_log": "{message}",
+    "lost_rows": "{message}",
+    "own_error": "measurements failed from step {step:,} on and are left out: {message}",
+}
 
 
 def open_run(path: str | PathLike[str]) -> Run:
@@ -90,11 +94,13 @@ class Run:
 
     @property
     def damage(self) -> list[str]:
-        """Sentences about what is missing: torn or damaged frames, rows that could not be written, unreadable files.
+        """Sentences about what is missing: damaged frames, lost rows, measurements that failed, unreadable files.
 
         Parts are checked when they are read, so a whole picture takes reading every table.
         """
-        told = self._store.read("events", ["message"], pc.field("kind").isin(_DAMAGE_KINDS))["message"].to_pylist()
+        columns = ["kind", "step", "message"]
+        events = self._store.read("events", columns, pc.field("kind").isin([*_DAMAGE]))
+        told = [_DAMAGE[entry["kind"]].format(**entry) for entry in events.to_pylist()]
         return [*self._damage, *told, *self._store.damage]
 
     def steps(self, *, attempts: Attempts = "latest") -> pd.DataFrame:

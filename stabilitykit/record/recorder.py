@@ -227,12 +227,17 @@ class Recorder:
         segment, self._segment = self._segment, None
         if segment is None:
             return
-        with suppress(OSError):
+        try:
+            segment.check_presence()
             if segment.num_frames and not segment.torn:
                 frame = encode_frame(FrameKind.SEAL, -1, self._attempt, segment.num_frames, [])
                 segment.append(frame)
                 self.num_sealed += 1
             segment.sync()
+        except FileNotFoundError as error:
+            self._warn(str(error))
+        except OSError:
+            pass  # unsealed, the segment is read like any other and compacted at the end
         segment.close()
 
     def _publish_names(self) -> None:

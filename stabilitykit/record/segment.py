@@ -44,7 +44,7 @@ class Segment:
         _OPEN.add(self)
         if take_lock(self._descriptor) is False:
             self.close()
-            raise FileExistsError(errno.EEXIST, "another process holds the lock", str(path))
+            raise FileExistsError(errno.EEXIST, "another process holds the lock", path.name)
 
     def __del__(self) -> None:
         self.close()  # a recorder that nobody closed must not keep the lock
@@ -59,7 +59,8 @@ class Segment:
         written = os.writev(self._descriptor, buffers)
         if written != length:  # a full disk is a short count, not an error
             self._cut(written)
-            raise OSError(errno.ENOSPC, f"wrote {written:,} of {length:,} bytes", str(self.path))
+            reason = f"{os.strerror(errno.ENOSPC)}, wrote {written:,} of {length:,} bytes"
+            raise OSError(errno.ENOSPC, reason, self.path.name)
         self.size += length
         if self.size - self._announced >= WRITEBACK_BYTES:
             self._start_writeback()
@@ -81,7 +82,7 @@ class Segment:
         if not os.fstat(self._descriptor).st_nlink:
             self.torn = True
             reason = f"the log has been deleted, with the {self.num_frames:,} frames it held"
-            raise FileNotFoundError(errno.ENOENT, reason, str(self.path))
+            raise FileNotFoundError(errno.ENOENT, reason, self.path.name)
 
     def close(self) -> None:
         """Give back the descriptor and the lock; harmless when repeated."""

@@ -94,10 +94,12 @@ def test_training_goes_on_bit_for_bit_when_a_measurement_of_ours_fails(
 
     assert found == expected
     said = [str(entry.message) for entry in caught if issubclass(entry.category, RuntimeWarning)]
-    events = sk.open_run(tmp_path / "run").events()
+    run = sk.open_run(tmp_path / "run")
+    events = run.events()
     assert len(said) == 1
     assert "ours" in said[0]
     assert list(events["kind"]).count("own_error") == 1
+    assert any("measurements failed from step" in sentence and "ours" in sentence for sentence in run.damage)
     assert monitor.diagnosis is None
 
 
