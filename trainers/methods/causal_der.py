@@ -187,6 +187,10 @@ class CausalDer(Derpp):
         closest = cosine_similarity(stored, present).argsort(descending=True)
         return slots[closest[: self.causal.num_interventions]]
 
+    def importance(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The heuristic: samples have a score before the first refresh."""
+        return heuristic_importance(logits, labels)
+
     def penalties(self, batch: Batch, logits: Tensor, draws: Draws, replayed: Tensor) -> dict[str, Tensor]:
         """The IRM penalty, if it weighs anything: the batch and every task in the replay are its environments."""
         if not self.causal.irm_weight:

@@ -60,8 +60,12 @@ class Replaying(Sgd):
     def insert(self, batch: Batch, logits: Tensor) -> None:
         """Offer the batch to the buffer, with the logits of its training forward."""
         detached = logits[: len(batch.labels)].detach().float()
-        importance = heuristic_importance(detached, batch.labels)
-        self.buffer.insert(batch.examples, batch.labels, detached, importance, batch.task)
+        self.buffer.insert(batch.examples, batch.labels, detached, self.importance(detached, batch.labels), batch.task)
+
+    def importance(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What a sample is stored with; computed where somebody asks for it."""
+        wanted = self.buffer.config.policy == "importance"
+        return heuristic_importance(logits, labels) if wanted else logits.new_zeros(len(labels))
 
 
 class Er(Replaying):
