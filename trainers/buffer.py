@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from stabilitykit.errors import UsageError
-from trainers.guards import finite_rows
+from stabilitykit.guards import BufferSanitiser
 from trainers.policies import POLICIES
 
 TENSORS = ("examples", "labels", "logits", "task_labels", "importance", "uids", "inserted_steps")
-COUNTERS = ("filled", "n_seen", "num_steps", "num_rejected", "num_quarantined")
+COUNTERS = ("filled", "n_seen", "num_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class BufferConfig:
         size: slots.
         minibatch_size: samples a draw.
         policy: which offers a full buffer takes: `reservoir`, `class_balanced` or `importance`.
-        sanitise: refuse rows whose example or logits are not finite (guard 4).
+        sanitise: refuse rows whose example, logits or label is impossible, and look at what is drawn (guard 4).
         clamp_logits: clamp stored logits to this magnitude; 0 stores them as they are, since a clamped teacher pulls
             every larger student logit down.
         audit_every: look through the whole buffer every so many steps and drop what is not finite; 0 never.
@@ -74,7 +74,8 @@ class ReplayBuffer:
         self.capacity = config.size
         self.generator = generator
         self.policy = POLICIES[config.policy](num_classes)
-        self.filled = self.n_seen = self.num_steps = self.num_rejected = self.num_quarantined = 0
+        self.filled = self.n_seen = self.num_steps = 0
+        self.sanitiser = BufferSanitiser(num_classes=num_classes) if config.sanitise else None
         self.storage = {
             "examples": torch.zeros(config.size, *shape),
             "labels": torch.zeros(config.size, dtype=torch.int64),
@@ -96,6 +97,16 @@ class ReplayBuffer:
 
     def draw(self, probabilities: Tensor | None = None) -> Tensor:
         """Slots of one minibatch, without replacement: uniform, or by `probabilities` over the filled slots."""
+        if probabilities is not None and self.sanitiser is not None:
+            probabilities = self.sanitiser.weights(probabilities)
+        slots = self.choose(probabilities)
+        if self.is_sound(slots):
+            return slots
+        self.quarantine()
+        return self.choose(None)  # what the probabilities spoke of has moved
+
+    def choose(self, probabilities: Tensor | None) -> Tensor:
+        """Slots as they fall."""
         count = min(self.config.minibatch_size, self.filled)
         if probabilities is None:
             return torch.randperm(self.filled, generator=self.generator)[:count]
@@ -103,7 +114,7 @@ class ReplayBuffer:
 
     def insert(self, examples: Tensor, labels: Tensor, logits: Tensor, importance: Tensor, task: int) -> None:
         """Offer a batch: un-augmented examples and the logits of the training forward, before the update."""
-        rows = self.admitted(examples, logits)
+        rows = self.admitted(examples, labels, logits)
         limit = self.config.clamp_logits
         columns = {
             "examples": examples,
@@ -121,32 +132,42 @@ class ReplayBuffer:
         self.storage["inserted_steps"][slots] = self.num_steps
         self.num_steps += 1
 
-    def admitted(self, examples: Tensor, logits: Tensor) -> Tensor:
+    def admitted(self, examples: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
         """Rows that may be stored."""
-        if not self.config.sanitise:
+        if self.sanitiser is None:
             return torch.arange(len(examples))
-        sound = finite_rows(examples) & finite_rows(logits)
-        self.num_rejected += len(sound) - int(sound.sum())
-        return sound.nonzero().flatten()
+        return self.sanitiser.admit(examples=examples, labels=labels, logits=logits)
+
+    def is_sound(self, slots: Tensor) -> bool:
+        """Whether what lies in `slots` may be replayed; always without a sanitiser."""
+        if self.sanitiser is None:
+            return True
+        stored = self.storage
+        return self.sanitiser.is_sound(
+            examples=stored["examples"][slots], labels=stored["labels"][slots], logits=stored["logits"][slots]
+        )
 
     def audit(self) -> int:
-        """Drop every slot that is no longer finite, if an audit is due; the number dropped.
+        """Look through the whole buffer, if an audit is due; the number of slots dropped."""
+        every = self.config.audit_every
+        return 0 if not every or self.num_steps % every else self.quarantine()
 
-        The last filled slot moves into the hole, and the next offer is taken for certain: the law holds again once
+    def quarantine(self) -> int:
+        """Drop every slot that is not sound; the number dropped.
+
+        The last filled slots move into the holes, and the next offers are taken for certain: the law holds again once
         the buffer has been refilled.
         """
-        every = self.config.audit_every
-        if not every or self.num_steps % every:
+        if self.sanitiser is None:
             return 0
-        sound = finite_rows(self.examples) & finite_rows(self.logits)
-        kept = sound.nonzero().flatten()
-        dropped = self.filled - len(kept)
-        if dropped:
+        stored = {name: getattr(self, name) for name in ("examples", "labels", "logits", "importance", "uids")}
+        bad = self.sanitiser.audit(**stored)
+        kept = torch.ones(self.filled, dtype=torch.bool).index_fill_(0, bad, False).nonzero().flatten()
+        if len(bad):
             for tensor in self.storage.values():
                 tensor[: len(kept)] = tensor[kept]
             self.filled = len(kept)
-            self.num_quarantined += dropped
-        return dropped
+        return len(bad)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a step changes; tensors by reference, as PyTorch does."""

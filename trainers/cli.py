@@ -101,6 +101,7 @@ def configure(args: argparse.Namespace, command: tuple[str, ...]) -> ExperimentC
             on_nonfinite=args.on_nonfinite,
             record_every=args.record_every,
             max_skips=args.max_skips,
+            rollback_lr=args.rollback_lr,
         ),
         **_replay(args),
         **_arithmetic(args),

@@ -62,7 +62,7 @@ def show(console: Console, verdict: str, results: Results, folders: tuple[Path, 
     console.print(Rule("with guards", align="left"))
     console.print(
         f"finished: {results.num_steps} steps, {results.num_skipped} skipped, last loss {results.last_loss:.3g}, "
-        f"{results.guards['gradients_clipped']} gradients clipped\n"
+        f"{results.guards['clip']} gradients clipped\n"
         f"Class-IL {results.class_il:.2f} %, Task-IL {results.task_il:.2f} % (chance: 10 % and 50 %)",
         highlight=False,
     )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trainers.guards import isolated
+from stabilitykit.guards import isolated
 from trainers.stream import TaskSplit, Transform
 
 BATCH = 256

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from stabilitykit.errors import UsageError
+from stabilitykit.guards import BatchNormFreeze, GradientClip, Guards
 from trainers.buffer import BufferConfig, ReplayBuffer
 from trainers.checkpoint import read_checkpoint
 from trainers.datasets import DatasetConfig, DatasetSpec, load
-from trainers.guards import GradientClip
 from trainers.methods.causal_der import CausalConfig, CausalDer
 from trainers.methods.derpp import Derpp
 from trainers.methods.replaying import Der, Er
@@ -28,7 +28,7 @@ from trainers.seeding import generator, seed_everything
 from trainers.step import TrainingStep
 from trainers.stream import Stream, TaskSplit, Transform
 from trainers.trainer import Trainer, TrainerConfig
-from trainers.watching import SkipCounter, Watch, WatchConfig, attach
+from trainers.watching import Watch, WatchConfig, attach
 
 METHODS: Mapping[str, type[Sgd]] = {
     "sgd": Sgd,
@@ -154,7 +154,6 @@ def build_trainer(config: ExperimentConfig, progress: Progressing, state: dict[s
         stream=stream,
         step=step,
         watch=step.watch,
-        skips=SkipCounter(config.watch),
         results=results,
         progress=progress,
         run_dir=config.run_dir,
@@ -175,10 +174,11 @@ def build_watch(config: ExperimentConfig, network: Network, step: TrainingStep, 
         seed=config.seed,
         buffer=step.method.buffer,
         scaler=step.precision.scaler,
-        stateful=(step.method.transform, step.clip, step.method),
+        stateful=(step.method.transform, step.guards, step.method),
         resume_at=resume_at,
     )
     watch.note(config=config.facts())
+    step.guards.listen(watch)
     return watch
 
 
@@ -201,14 +201,24 @@ def build_step(config: ExperimentConfig, spec: DatasetSpec, network: Network) ->
     buffer = ReplayBuffer(config.buffer, spec.shape, spec.num_classes, generator(config.seed, "buffer"))
     transform = Transform(spec, generator(config.seed, "replay augmentation"))
     method = build_method(config, schedule, (network, buffer, transform, precision, config.replay, spec.num_tasks))
-    return TrainingStep(
-        method,
-        config.optimizer.build(network),
-        schedule,
-        precision,
-        GradientClip(config.clip_norm),
-        check=config.watch.check,
+    optimizer = config.optimizer.build(network)
+    guards = Guards(
+        learning_rate=schedule.guard(),
+        precision=precision,
+        batch_norm=BatchNormFreeze(network) if config.trainer.freeze_bn else None,
+        buffer=buffer.sanitiser,
+        isolation=method.isolation,
+        validation=config.watch.guard(
+            network,
+            optimizer,
+            stateful=(buffer, transform, method, precision.scaler),
+            num_classes=spec.num_classes,
+            run_dir=config.run_dir,
+        ),
+        clip=GradientClip(config.clip_norm) if config.clip_norm else None,
+        replay_weights=method.adaptive,
     )
+    return TrainingStep(method, optimizer, schedule, precision, guards)
 
 
 def build_method(config: ExperimentConfig, schedule: Schedule, parts: tuple[Any, ...]) -> Sgd:

@@ -20,7 +20,7 @@ GUARDS: Mapping[str, tuple[Values, Values]] = {
     "freeze_bn": ({"freeze_bn": False}, {"freeze_bn": True}),
     "buffer": ({"sanitise_buffer": False}, {"sanitise_buffer": True, "buffer_audit_every": 50}),
     "isolation": ({"isolate_causal": False}, {"isolate_causal": True}),
-    "checks": ({"validate_step": False}, {"validate_step": True}),
+    "checks": ({"validate_step": False}, {"validate_step": True, "on_nonfinite": "rollback"}),
     "clip": ({"clip_grad": 0.0}, {"clip_grad": 1.0}),
     "replay_weights": ({"adaptive_replay_weights": False}, {"adaptive_replay_weights": True}),
 }
@@ -129,10 +129,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def guard_defaults(names: str) -> dict[str, object]:
     """What `--guards NAMES` sets: the named guards on, all others off."""
-    chosen = {"all": list(GUARDS), "none": []}.get(names, names.split(","))
+    chosen = {"all": list(GUARDS), "quick": list(GUARDS)[:4], "none": []}.get(names, names.split(","))
     for name in chosen:
         if name not in GUARDS:
-            raise UsageError(f"--guards: got {name!r}, expected all, none, or a list of {', '.join(GUARDS)}")
+            raise UsageError(f"--guards: got {name!r}, expected all, quick, none, or a list of {', '.join(GUARDS)}")
     return {flag: value for name, states in GUARDS.items() for flag, value in states[name in chosen].items()}
 
 
@@ -219,7 +219,7 @@ def _add_guards(parser: Parser) -> None:
     )  # fmt: skip
     group = parser.add_argument_group("the eight guards")
     add = group.add_argument
-    add("--guards", help=f"all, none, or a list; explicit flags win. {table}")
+    add("--guards", help=f"all, quick (the first four), none, or a list; explicit flags win. {table}")
     add(
         "--use_lr_decay",
         default=False,
@@ -247,5 +247,6 @@ def _add_guards(parser: Parser) -> None:
     add("--on_nonfinite", default="raise", help="raise, skip, rollback or record")
     add("--record_every", default=0, type=whole, help="steps between records of all tensors, 0 as a 2 %% budget allows")
     add("--max_skips", default=20, type=whole, help="steps lost in a row after which the run ends")
+    add("--rollback_lr", default=1.0, type=number, help="share of the learning rate for 20 steps after a rollback")
     add("--clip_grad", default=0.0, type=number, help="largest gradient norm, 0 for no clipping")
     add("--adaptive_replay_weights", default=False, type=switch, help="1: alpha, beta fall to 50 %% by the last task")

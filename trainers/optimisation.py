@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate: a pure function of task and epoch, applied at every step (guard 1)."""
+"""The optimizer and its learning rate: a pure function of task and epoch (guard 1 applies it at every step)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from stabilitykit.errors import UsageError
-from trainers.guards import cosine_over_tasks
+from stabilitykit.guards import LearningRateSchedule, cosine_over_tasks
+from stabilitykit.guards.learning_rate import FACTOR
 
 OptimizerName = Literal["sgd", "adam", "adamw"]
 
@@ -83,10 +84,17 @@ class Schedule:
     def lr(self, task: int, epoch: int = 0) -> float:
         """The learning rate in `epoch` of `task`, both from 0."""
         over_tasks = cosine_over_tasks(task, self.num_tasks) if self.config.over_tasks else 1.0
-        passed = sum(epoch >= milestone for milestone in self.config.milestones)
-        return self.base_lr * over_tasks * self.config.gamma**passed
+        return self.base_lr * over_tasks * self.within_task(epoch)
+
+    def within_task(self, epoch: int) -> float:
+        """What the milestones leave of a task's rate."""
+        return self.config.gamma ** sum(epoch >= milestone for milestone in self.config.milestones)
+
+    def guard(self) -> LearningRateSchedule | None:
+        """Guard 1, where it is on: it holds the rate of the task against whatever else writes to the optimizer."""
+        return LearningRateSchedule(self.base_lr, self.num_tasks) if self.config.over_tasks else None
 
     def apply(self, optimizer: torch.optim.Optimizer, task: int, epoch: int = 0) -> None:
         """Set it, whatever the optimizer held before."""
         for group in optimizer.param_groups:
-            group["lr"] = self.lr(task, epoch)
+            group["lr"] = self.lr(task, epoch) * group.get(FACTOR, 1.0)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from stabilitykit.errors import RunFolderError, UsageError
 from stabilitykit.snapshot import RandomStates
 from trainers.evaluation import Accuracies
-from trainers.guards import freeze_batch_norm
 
 if TYPE_CHECKING:
     from trainers.results import Results
@@ -50,16 +49,15 @@ def capture(trainer: Trainer, config: dict[str, Any]) -> dict[str, Any]:
         "position": asdict(trainer.position),
         "results": asdict(trainer.results) | {name: tuple(getattr(trainer.results, name)) for name in PAIRS},
         "network": dict(trainer.network.state_dict()),
-        "frozen": any(type(module).__name__.startswith("Frozen") for module in trainer.network.modules()),
+        "frozen": step.guards.batch_norm is not None and step.guards.batch_norm.num_frozen > 0,
         "optimizer": step.optimizer.state_dict(),
         "scaler": step.precision.scaler.state_dict(),
-        "clip": step.clip.state_dict(),
+        "guards": step.guards.state_dict(),
         "buffer": step.method.buffer.state_dict(),
         "method": step.method.state_dict(),
         "replay_transform": step.method.transform.state_dict(),
         "stream_transform": stream.transform.state_dict(),
         "stream_order": trainer.epoch_order if trainer.position.batch else stream.order.get_state(),
-        "skips": (trainer.skips.total, trainer.skips.in_a_row),
         "random": {entry.name: getattr(random, entry.name) for entry in fields(random)},
     }
 
@@ -67,18 +65,17 @@ def capture(trainer: Trainer, config: dict[str, Any]) -> dict[str, Any]:
 def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     """Put a captured state into a trainer that was just built from the same configuration."""
     step, stream = trainer.step, trainer.stream
-    if state["frozen"]:
-        freeze_batch_norm(trainer.network)
     trainer.network.load_state_dict(state["network"])
+    if state["frozen"] and step.guards.batch_norm is not None:
+        step.guards.batch_norm.freeze()
     step.optimizer.load_state_dict(state["optimizer"])
     step.precision.scaler.load_state_dict(state["scaler"])
-    step.clip.load_state_dict(state["clip"])
+    step.guards.load_state_dict(state["guards"])
     step.method.buffer.load_state_dict(state["buffer"])
     step.method.load_state_dict(state["method"])
     step.method.transform.load_state_dict(state["replay_transform"])
     stream.transform.load_state_dict(state["stream_transform"])
     stream.order.set_state(state["stream_order"])
-    trainer.skips.total, trainer.skips.in_a_row = state["skips"]
     trainer.position = Position(**state["position"])
     restore_results(trainer.results, state)
     trainer.started = time.process_time() - trainer.results.cpu_seconds

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stabilitykit.errors import UsageError
-from trainers.guards import GradientClip, gradient_norm
+from stabilitykit.guards import Guards, gradient_norm, label_problem
 
 if TYPE_CHECKING:
     from trainers.batch import Batch
@@ -33,31 +33,26 @@ class TrainingStep:
         optimizer: torch.optim.Optimizer,
         schedule: Schedule,
         precision: Precision,
-        clip: GradientClip,
-        *,
-        check: bool,
+        guards: Guards,
     ) -> None:
         self.method = method
         self.optimizer = optimizer
         self.schedule = schedule
         self.precision = precision
-        self.clip = clip
-        self.check = check
+        self.guards = guards
         self.parameters = [parameter for parameter in method.network.parameters() if parameter.requires_grad]
         self.grad_norm = math.nan
         self.watch: Watch | None = None
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Run the step on `batch`; the loss, finite or not.  With `check`, a step that is not sound updates nothing."""
+        """Run the step on `batch`; the loss, finite or not.  A step that guard 6 finds unsound updates nothing."""
         self.inspect(batch)
         self.begin(batch)
         draws = self.method.draw(batch)
         logits = self.method.forward(batch, draws)
         loss = self.total(self.method.losses(batch, logits, draws))
         self.backward(loss)
-        if self.is_sound(loss):
-            self.clip(self.gradients(), self.grad_norm)
-            self.update()
+        if self.guards.update(self.optimizer, loss.detach(), self.grad_norm):
             self.method.insert(batch, logits)
         return loss.detach()
 
@@ -69,11 +64,13 @@ class TrainingStep:
                 f"batch: got inputs {list(batch.inputs.shape)} with {len(batch.labels)} labels, "
                 f"expected {['B', *stored]} with B labels; check the dataset's shape"
             )
-        check_labels(batch.labels, self.method.buffer.storage["logits"].shape[1])
+        wrong = label_problem(batch.labels, self.method.buffer.storage["logits"].shape[1])
+        if wrong and self.guards.validation is not None:
+            raise UsageError(wrong.what)
 
     def begin(self, batch: Batch) -> None:
-        """Set the learning rate (no rebuilt or restored optimizer loses it), clear gradients, audit the buffer."""
-        self.schedule.apply(self.optimizer, batch.task, batch.epoch)
+        """Learning rate and frozen layers as they should be, gradients cleared, the buffer audited."""
+        self.guards.begin_step(self.optimizer, batch.task, within=self.schedule.within_task(batch.epoch))
         self.optimizer.zero_grad()
         self.method.buffer.audit()
         if self.watch is not None:
@@ -95,27 +92,3 @@ class TrainingStep:
     def gradients(self) -> list[Tensor]:
         """The gradients there are."""
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-
-    def is_sound(self, loss: Tensor) -> bool:
-        """Whether the update may happen; always without checks.  Overflown gradients are a scaler's own business."""
-        if not self.check:
-            return True
-        return bool(loss.isfinite()) and (math.isfinite(self.grad_norm) or self.precision.scaler.is_enabled())
-
-    def update(self) -> None:
-        """Change the weights."""
-        self.precision.update(self.optimizer)
-
-
-def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Refuse labels that are no class: an index out of range kills a CUDA context.
-
-    Raises:
-        UsageError: not int64, negative, or `num_classes` and above.
-    """
-    if labels.dtype != torch.int64:
-        raise UsageError(f"labels: got {labels.dtype}, expected torch.int64; convert them when loading")
-    low, high = (int(bound) for bound in labels.aminmax())
-    if low < 0 or high >= num_classes:
-        wrong = low if low < 0 else high
-        raise UsageError(f"labels: got {wrong}, expected 0 to {num_classes - 1}; check the dataset's labels")

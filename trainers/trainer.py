@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from stabilitykit.errors import UsageError
+from stabilitykit.guards import train_eval_gap
 from stabilitykit.schema import plain
 from trainers.checkpoint import write_checkpoint
 from trainers.evaluation import evaluate, evaluate_unseen
-from trainers.guards import freeze_batch_norm, train_eval_gap
 from trainers.run_state import Position, capture
 from trainers.stream import Stream, TaskSplit
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from trainers.progress import Progressing
     from trainers.results import Results
     from trainers.step import TrainingStep
-    from trainers.watching import SkipCounter, Watch
+    from trainers.watching import Watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,6 @@ class Trainer:
         stream: Stream,
         step: TrainingStep,
         watch: Watch,
-        skips: SkipCounter,
         results: Results,
         progress: Progressing,
         run_dir: Path,
@@ -74,7 +73,6 @@ class Trainer:
         self.stream = stream
         self.step = step
         self.watch = watch
-        self.skips = skips
         self.results = results
         self.progress = progress
         self.run_dir = run_dir
@@ -82,7 +80,9 @@ class Trainer:
         self.position = Position()
         self.epoch_order = stream.order.get_state()
         self.network = step.method.network
-        self.train_step: Callable[[Batch], Tensor | None] = watch.replayable(step)
+        self.train_step: Callable[[Batch], Tensor | None] = step.guards.protect(
+            watch.replayable(step), labels=lambda batch: batch.labels, sample_ids=lambda batch: batch.indices
+        )
         self.started = time.process_time()
 
     def fit(self) -> Results:
@@ -121,6 +121,7 @@ class Trainer:
     def run_epoch(self, task: int, epoch: int) -> None:
         """Once through the task's images, or through the rest of them."""
         self.watch.log(task=task, epoch=epoch)
+        self.step.schedule.apply(self.step.optimizer, task, epoch)
         self.epoch_order = self.stream.order.get_state()
         for batch in self.stream.batches(task, epoch, self.position.batch):
             loss = self.train_step(batch)
@@ -142,24 +143,21 @@ class Trainer:
         return time.process_time() - self.started
 
     def count(self, batch: Batch, loss: Tensor | None) -> None:
-        """Note the step, and end a run that only skips."""
+        """Note the step."""
         value = math.nan if loss is None else float(loss)
-        self.skips(loss)
+        self.results.num_skipped += not math.isfinite(value)
         self.results.num_steps += 1
-        self.results.num_skipped = self.skips.total
         self.results.last_loss = value
-        self.progress.step(batch.task, batch.epoch, value, self.step.grad_norm, self.skips.total)
+        self.progress.step(batch.task, batch.epoch, value, self.step.grad_norm, self.results.num_skipped)
 
     def end_task(self, task: int) -> None:
         """Freeze what is to be frozen, evaluate, write the results."""
-        if self.config.freeze_bn and task == 0:
-            frozen = freeze_batch_norm(self.network)
-            self.watch.log_event("guard", f"{frozen} BatchNorm layers frozen after the first task", subject="freeze_bn")
+        self.step.guards.end_task(task)
         seen = self.stream.tasks_of(task)[-1]
         self.results.train_eval_gaps.append(self.gap(seen))
         self.results.add(evaluate(self.network, self.test, self.stream.transform, seen=seen))
         self.results.add_facts(self.step.method.end_task(task))
-        self.results.guards = self.guard_counts()
+        self.results.guards = self.step.guards.counts()
         self.results.cpu_seconds = self.cpu_seconds()
         self.watch.log(class_il=self.results.class_il, task_il=self.results.task_il)
         self.watch.note(results=plain(self.results.body()))
@@ -173,15 +171,3 @@ class Trainer:
         """How differently the network behaves in training and in evaluation, on test images of the task."""
         images = self.test.examples(self.test.members(task)[:64], task)
         return train_eval_gap(self.network, self.stream.transform.normalise(images))
-
-    def guard_counts(self) -> dict[str, int]:
-        """How often each guard acted."""
-        buffer = self.step.method.buffer
-        frozen = sum(type(module).__name__.startswith("Frozen") for module in self.network.modules())
-        return {
-            "buffer_rejected": buffer.num_rejected,
-            "buffer_quarantined": buffer.num_quarantined,
-            "gradients_clipped": self.step.clip.num_clipped,
-            "batch_norms_frozen": frozen,
-            "steps_skipped": self.skips.total,
-        }

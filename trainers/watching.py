@@ -1,9 +1,7 @@
-"""The seam between the trainer and the toolkit: a monitor when there is one, else the same four policies by hand."""
+"""The seam between the trainer and the toolkit's monitor, and who answers for a step that went wrong."""
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from stabilitykit.errors import NonFiniteError, UsageError
+from stabilitykit.errors import UsageError
+from stabilitykit.guards import StepValidation
 from trainers.batch import Batch
-from trainers.guards import all_finite
 
 if TYPE_CHECKING:
     from trainers.buffer import ReplayBuffer
@@ -64,11 +62,12 @@ class WatchConfig:
 
     Attributes:
         monitor: attach stabilitykit's monitor; False runs bare.
-        check: look for non-finite values at all; a bare run without it never looks.
+        check: guard 6; a bare run without it never looks.
         on_nonfinite: `raise`, `skip` (undo the step), `rollback` (to the last good snapshot) or `record` (go on).
         record_every: steps between records of all tensors; 0 leaves it to the monitor's budget.
         max_skips: steps lost in a row after which the run ends all the same.
-        snapshot_every: steps between a bare run's snapshots for `rollback`.
+        snapshot_every: steps between snapshots for `rollback`.
+        rollback_lr: share of the learning rate that the steps after a rollback train at.
     """
 
     monitor: bool = True
@@ -76,7 +75,8 @@ class WatchConfig:
     on_nonfinite: Policy = "raise"
     record_every: int = 0
     max_skips: int = 20
-    snapshot_every: int = 25
+    snapshot_every: int = 10
+    rollback_lr: float = 1.0
 
     def __post_init__(self) -> None:
         if self.on_nonfinite not in get_args(Policy):
@@ -85,6 +85,39 @@ class WatchConfig:
             )
         if self.max_skips < 1:
             raise UsageError(f"--max_skips: got {self.max_skips}, expected 1 or more")
+        if not 0 < self.rollback_lr <= 1:
+            raise UsageError(f"--rollback_lr: got {self.rollback_lr}, expected above 0 and up to 1")
+
+    @property
+    def monitor_policy(self) -> Policy:
+        """What the monitor does: where the guard undoes a step, the monitor diagnoses it and leaves it to the guard."""
+        return "record" if self.check and self.on_nonfinite in ("skip", "rollback") else self.on_nonfinite
+
+    def guard(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        stateful: Sequence[object],
+        num_classes: int,
+        run_dir: Path,
+    ) -> StepValidation | None:
+        """Guard 6, where it is on."""
+        if not self.check:
+            return None
+        return StepValidation(
+            model,
+            optimizer,
+            policy=self.on_nonfinite,
+            stateful=stateful,
+            num_classes=num_classes,
+            max_in_a_row=self.max_skips,
+            snapshot_every=self.snapshot_every,
+            lr_factor=self.rollback_lr,
+            # A monitor can say more of a bad batch than that it is one, where nobody minds the harm it does.
+            inspect_inputs=not self.monitor or self.on_nonfinite in ("skip", "rollback"),
+            run_dir=run_dir,
+        )
 
 
 def attach(
@@ -102,8 +135,7 @@ def attach(
     """A monitor on the run, or a bare watch; `resume_at`: the step an earlier attempt's checkpoint goes on with."""
     first_step = resume_at or 0
     if not config.monitor:
-        owners: tuple[Stateful, ...] = (buffer, scaler, *stateful)
-        return BareWatch(model, optimizer, config, scaler=scaler, stateful=owners, first_step=first_step)
+        return BareWatch()
     import stabilitykit
 
     monitor = stabilitykit.attach(
@@ -117,7 +149,7 @@ def attach(
             resume=resume_at is not None,
             first_step=first_step,
         ),
-        on_nonfinite=config.on_nonfinite,
+        on_nonfinite=config.monitor_policy,
         scaler=scaler if scaler.is_enabled() else None,
         stateful=(buffer, *stateful),
         replay_buffer=buffer,
@@ -126,75 +158,14 @@ def attach(
 
 
 class BareWatch:
-    """The four policies without a monitor: it tells that a step went wrong, never where."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        config: WatchConfig,
-        *,
-        scaler: torch.amp.GradScaler,
-        stateful: Sequence[Stateful],
-        first_step: int = 0,
-    ) -> None:
-        self.model = model
-        self.scaler = scaler
-        self.config = config
-        self.owners: tuple[Stateful, ...] = (model, optimizer, *stateful)
-        self.snapshot: list[Any] = []
-        self.step_index = first_step - 1
-        self.task = 0.0
+    """No monitor: guard 6 tells that a step went wrong, never where."""
 
     def replayable(self, step: StepFunction) -> StepFunction:
-        """The step with its policy."""
-        return (lambda batch: self.run(step, batch)) if self.config.check else step
-
-    def run(self, step: StepFunction, batch: Batch) -> Tensor | None:
-        """One step: bad inputs never reach the model, everything else is judged when the step is over."""
-        self.step_index += 1
-        self.take_snapshot()
-        loss = None
-        bad = "" if all_finite([batch.inputs]) else "inputs"
-        if not bad:
-            loss = step(batch)
-            bad = self.first_bad(loss)
-        return self.react(bad, loss) if bad else loss
-
-    def take_snapshot(self) -> None:
-        """Remember the state where the policy will want it back."""
-        every = {"skip": 1, "rollback": self.config.snapshot_every}.get(self.config.on_nonfinite, 0)
-        if every and (self.step_index % every == 0 or not self.snapshot):
-            self.snapshot = [copy.deepcopy(owner.state_dict()) for owner in self.owners]
-
-    def first_bad(self, loss: Tensor | None) -> str:
-        """What is not finite, empty when all is well; overflown gradients are a scaler's own business."""
-        gradients = [] if self.scaler.is_enabled() else [entry.grad for entry in self.model.parameters()]
-        for name, tensors in (
-            ("loss", [loss]),
-            ("gradients", gradients),
-            ("weights", self.model.parameters()),
-            ("module buffers", self.model.buffers()),
-        ):
-            if not all_finite(tensors):
-                return name
-        return ""
-
-    def react(self, bad: str, loss: Tensor | None) -> Tensor | None:
-        """Do what the policy says."""
-        if self.config.on_nonfinite == "record":
-            return loss
-        if self.config.on_nonfinite == "raise":
-            raise NonFiniteError(
-                f"step {self.step_index:,}, task {self.task:.0f}: {bad} not finite; --monitor 1 tells where it began"
-            )
-        for owner, state in zip(self.owners, self.snapshot, strict=True):
-            owner.load_state_dict(copy.deepcopy(state))
-        return None
+        """The step."""
+        return step
 
     def log(self, **scalars: float) -> None:
-        """Remember the task, for the message."""
-        self.task = scalars.get("task", self.task)
+        """A bare run keeps no record."""
 
     def log_loss(self, **terms: Tensor) -> None:
         """A bare run keeps no record."""
@@ -210,24 +181,3 @@ class BareWatch:
 
     def close(self, error: BaseException | None = None) -> None:
         """Nothing to close."""
-
-
-class SkipCounter:
-    """Counts steps that did not count, and ends a run that does nothing else; `record` goes on whatever happens."""
-
-    def __init__(self, config: WatchConfig) -> None:
-        endless = config.on_nonfinite == "record" or not config.check
-        self.max_in_a_row = math.inf if endless else config.max_skips
-        self.total = self.in_a_row = 0
-
-    def __call__(self, loss: Tensor | None) -> None:
-        """Take note of a step.
-
-        Raises:
-            NonFiniteError: too many in a row.
-        """
-        lost = loss is None or not math.isfinite(float(loss))
-        self.total += lost
-        self.in_a_row = self.in_a_row + 1 if lost else 0
-        if self.in_a_row >= self.max_in_a_row:
-            raise NonFiniteError(f"{self.in_a_row} steps in a row were not finite; lower --lr, or raise --max_skips")

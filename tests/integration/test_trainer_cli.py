@@ -80,7 +80,7 @@ def test_all_guards_together_finish(tmp_path: Path) -> None:
     results = run(tmp_path / "run", "--guards", "all", "--backbone", "resnet8", "--pool", "4", "--lr", "0.1")
 
     assert results["num_skipped"] == 0
-    assert results["guards"]["batch_norms_frozen"] == 9
+    assert results["guards"]["freeze_bn"] == 1
     assert results["train_eval_gaps"] == [0, 0]
 
 

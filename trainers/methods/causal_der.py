@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from stabilitykit.errors import UsageError
+from stabilitykit.guards import Isolation
 from trainers.batch import Batch
-from trainers.guards import isolated
 from trainers.importance import (
     blended_probabilities,
     effective_share,
@@ -109,6 +109,7 @@ class CausalDer(Derpp):
         self.lr = lr
         self.twin = copy.deepcopy(self.network).eval()
         self.num_bad_scores = 0
+        self.isolation = Isolation(self.network) if causal.isolate else None
 
     def probabilities(self, batch: Batch) -> Tensor | None:
         """The blend of even draws and draws by importance; None (evenly) while it weighs nothing."""
@@ -141,16 +142,16 @@ class CausalDer(Derpp):
 
     def score(self) -> Tensor:
         """Scores of the whole buffer, from one forward."""
-        with self.isolation():
+        with self.aside():
             features = self.network.features(self.inputs(slice(None)))
             logits = self.network.classifier(features)
         if self.causal.mode == INFLUENCE:
             return ranked(-head_influence(features, logits, self.buffer.labels))
         return heuristic_importance(logits, self.buffer.labels)
 
-    def isolation(self) -> AbstractContextManager[None]:
+    def aside(self) -> AbstractContextManager[None]:
         """Around forwards that only look."""
-        return isolated(self.network) if self.causal.isolate else torch.no_grad()
+        return torch.no_grad() if self.isolation is None else self.isolation()
 
     def inputs(self, slots: Tensor | slice) -> Tensor:
         """Stored examples as evaluation would see them: no augmentation, so no random number."""
@@ -181,7 +182,7 @@ class CausalDer(Derpp):
 
     def nearest(self, slots: Tensor, batch: Batch) -> Tensor:
         """The slots whose features point the way the batch's do: what the step is about to overwrite."""
-        with self.isolation():
+        with self.aside():
             stored = self.network.features(self.inputs(slots))
             present = self.network.features(batch.inputs).mean(0, keepdim=True)
         closest = cosine_similarity(stored, present).argsort(descending=True)

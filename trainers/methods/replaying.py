@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, mse_loss
 
 from trainers.batch import Batch, Replay
-from trainers.guards import linear_to_half
 from trainers.importance import heuristic_importance
 from trainers.methods.sgd import Draws, Sgd
 
@@ -19,7 +18,8 @@ class Replaying(Sgd):
         """Draws from the buffer, augmented afresh; nothing while it is empty, or the warm-up lasts."""
         if not self.buffer or batch.task < self.config.warmup_tasks:
             return None
-        return self.draws(self.probabilities(batch))
+        draws = self.draws(self.probabilities(batch))
+        return draws if self.buffer else None  # a draw may find that nothing stored is fit to be replayed
 
     def draws(self, probabilities: Tensor | None) -> Draws:
         """One draw for the method's one term."""
@@ -46,8 +46,8 @@ class Replaying(Sgd):
 
     def weights(self, task: int) -> tuple[float, float]:
         """Alpha and beta in `task`."""
-        share = linear_to_half(task, self.num_tasks) if self.config.adaptive else 1.0
-        return self.config.alpha * share, self.config.beta * share
+        alpha, beta = self.config.alpha, self.config.beta
+        return (alpha, beta) if self.adaptive is None else self.adaptive(task, alpha, beta)
 
     def distillation(self, logits: Tensor, replay: Replay) -> Tensor:
         """How far the network has moved from the logits it once gave."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from stabilitykit.errors import UsageError
+from stabilitykit.guards import AdaptiveReplayWeights, Isolation
 from trainers.batch import Batch, Replay
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ class Sgd:
         self.precision = precision
         self.config = config
         self.num_tasks = num_tasks
+        self.isolation: Isolation | None = None  # of computations on the side, where a method has some
+        self.adaptive = AdaptiveReplayWeights(num_tasks) if config.adaptive else None
 
     def draw(self, batch: Batch) -> Draws | None:
         """What the step replays; None for nothing."""

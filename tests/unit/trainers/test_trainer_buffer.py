@@ -57,7 +57,7 @@ def test_a_row_that_is_not_finite_is_refused_and_counted() -> None:
     offer(buffer, 3, logits=logits)
 
     assert len(buffer) == 2
-    assert buffer.num_rejected == 1
+    assert buffer.sanitiser.num_rejected == 1
     assert buffer.logits.isfinite().all()
 
 

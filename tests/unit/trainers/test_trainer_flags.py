@@ -85,7 +85,7 @@ def test_what_is_ignored_is_said_to_be(flag: str) -> None:
         ("--freeze_bn yes", "--freeze_bn: got 'yes', expected 0 or 1"),
         ("--dataset seq-svhn", "--dataset: got 'seq-svhn', expected one of seq-fmnist-mini"),
         ("--model lwf", "--model: got 'lwf', expected one of sgd, joint, er, der, derpp, causal-der"),
-        ("--guards clip,seatbelt", "--guards: got 'seatbelt', expected all, none, or a list of lr"),
+        ("--guards clip,seatbelt", "--guards: got 'seatbelt', expected all, quick, none, or a list of lr"),
         ("--mixed_precision fp8", "--mixed_precision: got 'fp8', expected 0, 1, fp32, bf16 or fp16"),
         ("--on_nonfinite pray", "--on_nonfinite: got 'pray', expected one of raise, skip, rollback, record"),
         ("--use_causal_sampling 7", "--use_causal_sampling: got 7, expected"),

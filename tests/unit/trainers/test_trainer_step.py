@@ -19,6 +19,7 @@ from trainers.trainer import Trainer
 from trainers.watching import WatchConfig
 
 BARE = WatchConfig(monitor=False)
+UNSANITISED = BufferConfig(sanitise=False)
 
 
 def make_trainer(folder: Path, **options: object) -> Trainer:
@@ -170,7 +171,9 @@ def test_bad_weights_are_rolled_back_to_the_last_good_snapshot(tmp_path: Path) -
 def test_with_checks_a_bad_loss_updates_nothing_and_stores_nothing_even_when_it_is_only_recorded(
     tmp_path: Path,
 ) -> None:
-    trainer = make_trainer(tmp_path / "run", watch=WatchConfig(monitor=False, on_nonfinite="record"))
+    trainer = make_trainer(
+        tmp_path / "run", watch=WatchConfig(monitor=False, on_nonfinite="record"), buffer=UNSANITISED
+    )
     take_steps(trainer, 2)
     trainer.step.method.buffer.logits[:] = math.inf
     before = [entry.clone() for entry in trainer.network.parameters()]
@@ -184,7 +187,7 @@ def test_with_checks_a_bad_loss_updates_nothing_and_stores_nothing_even_when_it_
 
 
 def test_without_checks_a_bad_loss_ruins_the_weights(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path / "run", watch=WatchConfig(monitor=False, check=False))
+    trainer = make_trainer(tmp_path / "run", watch=WatchConfig(monitor=False, check=False), buffer=UNSANITISED)
     take_steps(trainer, 2)
     trainer.step.method.buffer.logits[:] = math.inf
 
@@ -262,3 +265,34 @@ def test_every_option_changes_what_is_learned(tmp_path: Path, options: dict[str,
     take_steps(other, 2)
 
     assert not torch.equal(weights(plain), weights(other))
+
+
+def test_a_buffer_of_which_nothing_is_fit_to_be_replayed_is_emptied_and_the_step_trains_without(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "run")
+    take_steps(trainer, 2)
+    trainer.step.method.buffer.logits[:] = math.inf
+
+    loss = trainer.train_step(next(trainer.stream.batches(0, 0)))
+
+    assert loss is not None
+    assert loss.isfinite()
+    assert trainer.step.guards.counts()["buffer"] == 1
+    assert len(trainer.step.method.buffer) == 32
+
+
+def test_a_monitored_run_that_rolls_back_is_diagnosed_and_goes_on(tmp_path: Path) -> None:
+    watch = WatchConfig(on_nonfinite="rollback", snapshot_every=2)
+    trainer = make_trainer(tmp_path / "run", watch=watch, network=NetworkConfig(name="mnistmlp"))
+    take_steps(trainer, 4)
+    with torch.no_grad():
+        trainer.network.classifier.weight[0, 0] = math.inf
+
+    lost = trainer.train_step(next(trainer.stream.batches(0, 0)))
+    kept = trainer.train_step(next(trainer.stream.batches(0, 0)))
+    trainer.watch.close()
+
+    assert lost is None
+    assert kept is not None
+    assert weights(trainer).isfinite().all()
+    assert trainer.watch.diagnosis.origin.phase == "weights"
+    assert list((tmp_path / "run" / "quarantine").iterdir())

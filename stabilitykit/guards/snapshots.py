@@ -1,0 +1,83 @@
+"""The last good states of a run, for `StepValidation`: a state counts as good once the steps after it were sound."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from stabilitykit.guards.checks import first_bad
+from stabilitykit.snapshot import RandomStates, Snapshot, TrainingState, tensors_of
+
+DEPTH = 3  # snapshots held for a rollback: one that is finite may already be on its way down
+
+
+class GoodStates:
+    """Takes snapshots every so many steps and goes back to the newest good one; when that does not help, further back.
+
+    Going back again before a new state has proved good goes one snapshot further back, and the random streams then stay
+    where they are, since the same draws would meet the same fate.
+
+    Args:
+        model: parameters, module buffers and modes.
+        optimizer: state and hyperparameters.
+        stateful: what else a step changes: a scaler, a replay buffer, generators; see `TrainingState`.
+        every: steps between snapshots.
+        depth: snapshots held.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, stateful: Sequence[object], *, every: int, depth: int = DEPTH
+    ) -> None:
+        self._model, self._optimizer, self._every = model, optimizer, every
+        self._state = TrainingState(model, (optimizer,), stateful)
+        self._states: deque[tuple[int, Snapshot]] = deque(maxlen=depth)
+        self._candidate: tuple[int, Snapshot] | None = None
+        self._due = 0
+        self._returned = False  # to the newest state, and none has proved good since
+
+    def before_step(self, step: int) -> None:
+        """Take a snapshot where one is due."""
+        if self._candidate is None and step >= self._due and not self._corrupted():
+            self._candidate = step, self._state.capture()
+            self._due = step + self._every
+
+    def step_was_sound(self) -> None:
+        """The step that began in the newest snapshot was: the snapshot is good."""
+        if self._candidate is not None:
+            self._states.append(self._candidate)
+            self._candidate, self._returned = None, False
+
+    def undo(self) -> bool:
+        """Back to the start of the step, random streams aside; False when that state was not good to begin with."""
+        if self._candidate is None:
+            return False
+        streams = RandomStates.capture()
+        self._state.restore(self._candidate[1])
+        streams.restore()
+        self._candidate, self._due = None, 0
+        return True
+
+    def roll_back(self) -> int | None:
+        """Restore the last good state; the step it began, or None when there is none yet."""
+        self._candidate, self._due = None, 0
+        if self._returned and len(self._states) > 1:
+            self._states.pop()
+        if not self._states:
+            return None
+        streams = RandomStates.capture()
+        step, snapshot = self._states[-1]
+        self._state.restore(snapshot)
+        if self._returned:
+            streams.restore()
+        self._returned = True
+        return step
+
+    def _corrupted(self) -> bool:
+        """A state with a NaN in it is none to come back to; a bad momentum shows in the weights only a step later."""
+        held: list[tuple[str, Any]] = [*self._model.named_parameters(), *self._model.named_buffers()]
+        held += [entry for state in self._optimizer.state.values() for entry in tensors_of(dict(state))]
+        return bool(first_bad(held))
