@@ -19,7 +19,7 @@ from stabilitykit.record.frame import FRAME_VERSION, Frame, FrameKind, Gap, scan
 from stabilitykit.record.names import Names
 from stabilitykit.record.sections import Rows, decode_events, decode_sections
 from stabilitykit.record.segment import is_live
-from stabilitykit.schema import ROWS, Event
+from stabilitykit.schema import ROWS, SCHEMA_VERSION, Event
 
 _MALFORMED = (ValueError, TypeError, LookupError, AttributeError, struct.error)
 STORAGE_ORDER = ("tensor", "scalar", "role", "step")  # of the rows in a part, by those of them that the table has
@@ -78,8 +78,8 @@ def read_segment(path: Path, limit: int | None = None) -> SegmentLog:
     """Read a segment, open or sealed, or its first `limit` bytes.
 
     Raises:
-        OSError: the file cannot be read, or holds frames that no recorder wrote; FileNotFoundError also means that it
-            has become parts meanwhile.
+        OSError: the file cannot be read, or not by this version; FileNotFoundError also means that it has become parts
+            meanwhile.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -101,7 +101,7 @@ def decode_log(log: bytes, label: str, modified: float, is_growing: Callable[[],
     """The content of a log; `label` names it, and `modified` dates it, in the events about its damage.
 
     Raises:
-        OSError: frames are intact and yet make no sense; no recorder wrote them.
+        OSError: frames are of a newer schema, or intact and yet make no sense.
     """
     items = list(scan_frames(log))
     if items and isinstance(items[-1], Gap) and is_growing():
@@ -159,6 +159,9 @@ class _Decoder:
 
     def _read_meta(self, frame: Frame) -> None:
         body = json.loads(bytes(frame.payload))
+        version = body.get("schema_version", SCHEMA_VERSION)
+        if version > SCHEMA_VERSION:
+            raise OSError(f"schema version {version}, expected at most {SCHEMA_VERSION}; update stabilitykit")
         self._log.names.merge(body)
         for table, layout in body.get("rows", {}).items():
             self._layouts[table] = np.dtype([(name, code) for name, code in layout])
