@@ -144,6 +144,9 @@ def _replay(args: argparse.Namespace) -> dict[str, Any]:
             micro_steps=args.true_micro_steps,
             step_size=args.true_temp_lr,
             irm_weight=args.irm_weight,
+            graph=args.enable_causal_graph_learning,
+            graph_order=args.graph_order,
+            graph_sparsity=args.graph_sparsity,
             isolate=args.isolate_causal,
         ),
     }

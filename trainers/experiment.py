@@ -200,7 +200,8 @@ def build_step(config: ExperimentConfig, spec: DatasetSpec, network: Network) ->
     schedule = Schedule(config=config.schedule, base_lr=config.optimizer.lr, num_tasks=spec.num_tasks)
     buffer = ReplayBuffer(config.buffer, spec.shape, spec.num_classes, generator(config.seed, "buffer"))
     transform = Transform(spec, generator(config.seed, "replay augmentation"))
-    method = build_method(config, schedule, (network, buffer, transform, precision, config.replay, spec.num_tasks))
+    parts = (network, buffer, transform, precision, config.replay, spec.num_tasks)
+    method = build_method(config, spec, schedule, parts)
     optimizer = config.optimizer.build(network)
     guards = Guards(
         learning_rate=schedule.guard(),
@@ -221,10 +222,15 @@ def build_step(config: ExperimentConfig, spec: DatasetSpec, network: Network) ->
     return TrainingStep(method, optimizer, schedule, precision, guards)
 
 
-def build_method(config: ExperimentConfig, schedule: Schedule, parts: tuple[Any, ...]) -> Sgd:
+def build_method(config: ExperimentConfig, spec: DatasetSpec, schedule: Schedule, parts: tuple[Any, ...]) -> Sgd:
     """The method by name."""
     kind = METHODS[config.method]
     if not issubclass(kind, CausalDer):
         return kind(*parts)
-    draws = generator(config.seed, "causal")
-    return kind(*parts, causal=config.causal, generator=draws, lr=lambda batch: schedule.lr(batch.task, batch.epoch))
+    return kind(
+        *parts,
+        causal=config.causal,
+        generator=generator(config.seed, "causal"),
+        lr=lambda batch: schedule.lr(batch.task, batch.epoch),
+        classes_of=None if spec.domain else spec.classes_of,
+    )

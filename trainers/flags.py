@@ -208,6 +208,9 @@ def _add_causal(parser: Parser) -> None:
     add("--causal_num_probes", default=64, type=whole, help="samples an effect is measured on")
     add("--true_micro_steps", default=1, type=whole, help="steps of an intervention")
     add("--true_temp_lr", default=0.0, type=number, help="their size, 0 for the optimizer's")
+    add("--enable_causal_graph_learning", default=True, type=switch, help="0: no task graph when a task ends")
+    add("--graph_order", default="temporal", help="temporal, or free: NOTEARS finds the order of the tasks")
+    add("--graph_sparsity", default=0.1, type=number, help="weight of the graph's L1 penalty")
     add("--irm_weight", default=0.0, type=number, help="weight of the IRMv1 penalty over tasks")
 
 

@@ -65,9 +65,9 @@ class Results:
         self.before.task_il.extend(accuracies.task_il)
 
     def add_facts(self, facts: dict[str, Any]) -> None:
-        """Take in what the method says of a task, a list a fact."""
+        """Take in what the method says of a task: numbers make a list, a matrix replaces the one before."""
         for name, value in facts.items():
-            self.facts.setdefault(name, []).append(value)
+            self.facts[name] = value if isinstance(value, list) else [*self.facts.get(name, []), value]
 
     @property
     def finished(self) -> bool:

@@ -68,6 +68,9 @@ CHANGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "--causal_hybrid_candidates": ("12", HYBRID),
     "--true_micro_steps": ("3", INTERVENING),
     "--true_temp_lr": ("5.0", INTERVENING),
+    "--enable_causal_graph_learning": ("0", ()),
+    "--graph_order": ("free", ("--graph_sparsity", "0.01")),
+    "--graph_sparsity": ("0.02", ()),
     "--irm_weight": ("1.0", ()),
     "--guards": ("all", ()),
     "--use_lr_decay": ("1", ("--stop_after", "3")),
@@ -77,19 +80,17 @@ CHANGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "--freeze_bn": ("1", NORMED),
     "--sanitise_buffer": ("0", (*EXPLODING, "--validate_step", "0", "--on_nonfinite", "record")),
     "--clamp_logits": ("0.1", ()),
-    "--buffer_audit_every": (
-        "1",
-        (*EXPLODING, "--validate_step", "0", "--on_nonfinite", "record", "--sanitise_buffer", "0"),
-    ),
     "--isolate_causal": ("0", (*NORMED, *CAUSAL)),
     "--validate_step": ("0", EXPLODING),
     "--on_nonfinite": ("record", EXPLODING),
+    "--rollback_lr": ("0.001", ("--lr", "30", "--on_nonfinite", "rollback", "--max_skips", "1000")),
     "--max_skips": ("3", (*EXPLODING, "--on_nonfinite", "skip")),
     "--clip_grad": ("0.1", ()),
     "--adaptive_replay_weights": ("1", ()),
 }
 # What they change is not what is learnt; each has a test below or in the file named.
 ELSEWHERE = {
+    "--buffer_audit_every": "test_trainer_buffer.py",
     "--base_path": "test_trainer_streams.py",
     "--download": "here",
     "--run_dir": "here",
@@ -123,7 +124,9 @@ def outcome(*chosen: str) -> tuple[object, ...]:
         for key, value in sorted(state[part].items()):
             held = value.flatten().numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode()
             digest.update(key.encode() + held)
-    results = {key: state["results"][key] for key in ("num_steps", "num_skipped", "class_il_matrix", "last_loss")}
+    results = {
+        key: state["results"][key] for key in ("num_steps", "num_skipped", "class_il_matrix", "last_loss", "facts")
+    }
     return code, digest.hexdigest(), repr(results)
 
 

@@ -7,15 +7,16 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from stabilitykit.errors import UsageError
-from stabilitykit.guards import Isolation
+from stabilitykit.guards import Isolation, isolated
 from trainers.batch import Batch
+from trainers.graph import Order, task_graph, task_responses
 from trainers.importance import (
     blended_probabilities,
     effective_share,
@@ -48,6 +49,9 @@ class CausalConfig:
         num_probes: stored samples an effect is measured on, never candidates themselves.
         micro_steps: steps an intervention takes.
         step_size: of an intervention; 0 for the optimizer's own.
+        graph: fit the task graph when a task ends.
+        graph_order: `temporal`, or `free` to let NOTEARS find the order of the tasks.
+        graph_sparsity: weight of the graph's L1 penalty.
         irm_weight: of the IRMv1 penalty over the batch and the tasks in the replay.
         isolate: score without touching the model (guard 5); False scores in whatever mode the model is, as the first
             versions did, so that every scoring moves BatchNorm's statistics.
@@ -63,6 +67,9 @@ class CausalConfig:
     num_probes: int = 64
     micro_steps: int = 1
     step_size: float = 0.0
+    graph: bool = True
+    graph_order: Order = "temporal"
+    graph_sparsity: float = 0.1
     irm_weight: float = 0.0
     isolate: bool = True
 
@@ -88,25 +95,38 @@ class CausalConfig:
             least = 0 if name in ("warmup_tasks", "refresh_every") else 1
             if getattr(self, name) < least:
                 raise UsageError(f"--{flag}: got {getattr(self, name)}, expected {least} or more")
-        for flag, value in (("true_temp_lr", self.step_size), ("irm_weight", self.irm_weight)):
+        for flag, value in (
+            ("true_temp_lr", self.step_size),
+            ("graph_sparsity", self.graph_sparsity),
+            ("irm_weight", self.irm_weight),
+        ):
             if not 0 <= value < math.inf:
                 raise UsageError(f"--{flag}: got {value}, expected a finite number, 0 or more")
+        if self.graph_order not in get_args(Order):
+            raise UsageError(f"--graph_order: got {self.graph_order!r}, expected temporal or free")
 
 
 class CausalDer(Derpp):
     """DER++ with blended sampling.
 
     Scores live in `buffer.importance`; a generator of their own chooses candidates and probes, so that scoring shifts
-    no other draw.  `num_bad_scores` counts scores that were not finite and count as the least important.
+    no other draw.  `classes_of` gives the classes of each task where tasks have their own.  `num_bad_scores` counts
+    scores that were not finite; they weigh as the least important.
     """
 
     def __init__(
-        self, *parts: Any, causal: CausalConfig, generator: torch.Generator, lr: Callable[[Batch], float]
+        self,
+        *parts: Any,
+        causal: CausalConfig,
+        generator: torch.Generator,
+        lr: Callable[[Batch], float],
+        classes_of: Callable[[int], range] | None = None,
     ) -> None:
         super().__init__(*parts)
         self.causal = causal
         self.generator = generator
         self.lr = lr
+        self.classes_of = classes_of
         self.twin = copy.deepcopy(self.network).eval()
         self.num_bad_scores = 0
         self.isolation = Isolation(self.network) if causal.isolate else None
@@ -203,10 +223,24 @@ class CausalDer(Derpp):
         return {"irm": self.causal.irm_weight * irm_penalty(environments)}
 
     def end_task(self, task: int) -> dict[str, Any]:
-        """How far from even the draws are by now."""
-        weight = self.blend(task)
-        share = effective_share(blended_probabilities(self.buffer.importance, weight)) if len(self.buffer) else 1.0
-        return {"effective_share": share}
+        """How far from even the draws are by now, and the task graph."""
+        if not self.buffer:
+            return {}
+        share = effective_share(blended_probabilities(self.buffer.importance, self.blend(task)))
+        graph = self.task_graph(task)
+        return {"effective_share": share} | ({} if graph is None else {"task_graph": graph.tolist()})
+
+    def task_graph(self, task: int) -> Tensor | None:
+        """The graph over the tasks learnt so far, all as the present network sees the buffer; None where undefined."""
+        if not self.causal.graph or self.classes_of is None or task == 0:
+            return None
+        with isolated(self.network):
+            responses = task_responses(
+                self.network(self.inputs(slice(None))), list(map(self.classes_of, range(task + 1)))
+            )
+        if not responses.isfinite().all():
+            return None
+        return task_graph(responses, self.causal.graph_sparsity, self.causal.graph_order)
 
     def state_dict(self) -> dict[str, Any]:
         """The scoring's own generator and counter."""
