@@ -176,6 +176,7 @@ class Ledger:
         """Seal the log and say how the run ended."""
         if os.getpid() != self._pid:
             return
+        self._buffer = None
         self.flush()
         self.run_file.update({"loss_terms": self._loss_terms})
         self.recorder.close()

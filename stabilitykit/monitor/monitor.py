@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, ParamSpec, Self, TypeVar
 
 from torch import Tensor, nn
@@ -110,6 +109,9 @@ class Monitor:
     @contextmanager
     def step(self) -> Iterator[None]:
         """One step of a loop that cannot be wrapped: the origin is then known to the module, not to the operation."""
+        if self._closed:
+            yield
+            return
         self._mode = "block" if self._mode == "plain" else self._mode
         self._begin_step()
         self._inside = True
@@ -117,7 +119,8 @@ class Monitor:
             yield
         finally:
             self._inside = False
-        self._end_unwrapped()
+        if not self._closed:
+            self._end_unwrapped()
 
     def log(self, *, task: int | None = None, epoch: int | None = None, **scalars: float | Tensor) -> None:
         """Record numbers of your own with the current step; `task` and `epoch` hold until they are set again."""
@@ -170,16 +173,16 @@ class Monitor:
         self._closed = True
         self._finalizer.detach()
         self._watch.close()
-        self._history.forget()
+        del self._model, self._optimizers, self._scaler, self._replay_buffer, self._parameters, self._constants
+        del self._state, self._subject, self._history  # a monitor kept for its diagnosis keeps no model alive
+        self._losses.clear()
         self._ledger.close(self._step_index - 1, error)
         self._aftermath.finish()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close(error)
 
     # A step.
@@ -205,6 +208,8 @@ class Monitor:
         finally:
             self._inside = False
         seconds = time.perf_counter() - self._started
+        if self._closed:  # by the step itself
+            return Ran(function, args, kwargs, Reading(losses={}), returned, raised).outcome()
         ran = Ran(function, args, kwargs, self._read(returned), returned, raised)
         if replayable and (ran.reading.suspicious or ran.may_be_numerical):
             return self._suspect(ran)
@@ -435,8 +440,7 @@ class Monitor:
     # Without a replayable step.
 
     def _end_unwrapped(self) -> None:
-        reading = self._judge_unwrapped(before_update=False)
-        self._finish(reading)
+        self._finish(self._judge_unwrapped(before_update=False))
 
     def _judge_unwrapped(self, *, before_update: bool) -> Reading:
         """Judge what is known so far: before the update, where harm can still be kept off, and when the step ends."""

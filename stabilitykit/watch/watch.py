@@ -60,6 +60,7 @@ class Watch:
             after_optimizer=after_update,
         )
         self._acquitted: set[str] = set()
+        self._closed = False
 
     @property
     def bad_before(self) -> Sequence[str]:
@@ -117,9 +118,15 @@ class Watch:
         return self._modules.trail()
 
     def close(self) -> None:
-        """Take every hook off."""
+        """Take every hook off and let go of what was watched; only a further `close` may follow."""
+        if self._closed:
+            return
+        self._closed = True
         self._sentinel.close()
         self._modules.close()
+        # They call this object back: a cycle would keep the closed run's tensors until the collector comes by.
+        del self._sentinel, self._modules, self._tensors
+        self._on_error = self._on_update = _ignore
 
     def _unseen(self, measure: Callable[[], None]) -> None:
         """Run a measurement: not traced, never raising into training, but for a verdict."""
@@ -142,3 +149,7 @@ class Watch:
         if self._modules.recording:
             self._tensors.optimizer_starts(self._sentinel.num_backwards - 1)
         self._on_update(optimizer)
+
+
+def _ignore(_: object) -> None:
+    """Nobody is told of what happens after `close`."""
