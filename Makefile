@@ -1,6 +1,6 @@
 # make demo   set up, then watch an unguarded run go NaN and a guarded one finish
 # make test   set up, then run the tests
-# make bench  what watching a step costs, beside the peers
+# make bench  what watching a step costs, beside the peers; what the log costs to write and to read
 # make check  format, lint, types, tests: the one door, also for CI
 
 PYTHON ?= python3
@@ -39,6 +39,7 @@ nanzoo: install
 
 bench: install
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.log
 
 reports: install
 	$(BIN)/python -m benchmarks.gallery

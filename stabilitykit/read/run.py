@@ -148,7 +148,7 @@ class Run:
         """
         where = self._of(name, role)
         rows = self._store.read("rollup", where=where).to_pandas()
-        if _checked(attempts) == "latest":
+        if _checked(attempts) == "latest" and self._may_be_resumed:
             spans = self._spans_of(rows)
             rows, cut = rollups.settled(rows, spans)
             if len(cut):
@@ -188,6 +188,11 @@ class Run:
         return views.spans(self._store.read("steps", ["rank", "attempt", "step"]).to_pandas())
 
     @property
+    def _may_be_resumed(self) -> bool:
+        """False where run.json says that it is not: then no table has to be looked through for later attempts."""
+        return len(self.meta.get("attempts") or ()) != 1
+
+    @property
     def _last_attempt(self) -> dict[str, Any]:
         attempts = self.meta.get("attempts") or [{}]
         return cast("dict[str, Any]", attempts[-1])
@@ -207,7 +212,9 @@ class Run:
         return found
 
     def _select(self, frame: pd.DataFrame, attempts: Attempts) -> pd.DataFrame:
-        return views.latest(frame, self._spans, views.spans(frame)) if _checked(attempts) == "latest" else frame
+        if _checked(attempts) == "all" or not self._may_be_resumed:
+            return frame
+        return views.latest(frame, self._spans, views.spans(frame))
 
     def _spans_of(self, frame: pd.DataFrame) -> views.Spans:
         """What each attempt covered; where an attempt in `frame` has no step rows, by its tensors."""

@@ -53,14 +53,15 @@ class Store:
             return pa.concat_tables([schema.empty_table(), *self._salvage(dataset, columns, where)])
 
     def names(self, rank: int) -> Names:
-        """The names behind a rank's ids: from its names file, its log and, where that is stale, its parts."""
+        """The names behind a rank's ids: from its names file, its log and, where there is no such file, its parts."""
         if rank not in self._names:
             self._names[rank] = names = Names()
-            load_names(names_path(self._run_dir, rank), names)
+            known = load_names(names_path(self._run_dir, rank), names)
             for table in STORED_TABLES:
                 self._while_listed(self._backlog.load, table)
             self._backlog.merge_names(rank, names)
-            self._merge_part_names(rank, names)
+            if not known:  # the compactor brings the file up to date before a log goes
+                self._merge_part_names(rank, names)
         return self._names[rank]
 
     def ranks(self) -> list[int]:

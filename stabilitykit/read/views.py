@@ -33,13 +33,15 @@ def tensor_names(ranks: NDArray[Any], ids: NDArray[Any], names: Mapping[int, Nam
     return texts(codes, vocabulary)
 
 
-def spans(frame: pd.DataFrame) -> dict[tuple[int, int], tuple[int, int]]:
+def spans(frame: pd.DataFrame) -> Spans:
     """First and last step of every attempt of every rank."""
-    grouped = frame.groupby(["rank", "attempt"])["step"].agg(["min", "max"])
-    return {
-        (int(rank), int(attempt)): (int(first), int(last))
-        for (rank, attempt), first, last in zip(grouped.index, grouped["min"], grouped["max"], strict=True)
-    }
+    rank, attempt, step = (frame[name].to_numpy().astype(np.int64) for name in ("rank", "attempt", "step"))
+    key = rank << 32 | attempt
+    found: Spans = {}
+    for number in np.unique(key).tolist():
+        steps = step[key == number]
+        found[number >> 32, number & 0xFFFFFFFF] = (int(steps.min()), int(steps.max()))
+    return found
 
 
 def latest(frame: pd.DataFrame, *recorded: Spans) -> pd.DataFrame:

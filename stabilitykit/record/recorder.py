@@ -69,7 +69,7 @@ class Recorder:
         *,
         rank: int = 0,
         attempt: int = 0,
-        segment_bytes: int = 48 << 20,
+        segment_bytes: int = 96 << 20,
         sync_seconds: float = 5.0,
     ) -> None:
         """Continue the folder's ids and segment numbers; nothing is written yet, nothing is raised.
