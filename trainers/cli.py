@@ -1,4 +1,7 @@
-"""`python -m trainers`: flags in, exit code out.  0 done, 1 a step went non-finite, 2 bad usage or data."""
+"""`python -m trainers [sweep]`: flags in, exit code out.
+
+0 done, 1 a step went non-finite (or a sweep's run failed), 2 bad usage or data.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +31,13 @@ from trainers.watching import WatchConfig
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        train(list(argv))
+        if argv[:1] == ["sweep"]:
+            from trainers import sweep
+
+            return sweep.main(argv[1:])
+        train(argv)
     except NonFiniteError as error:
         print(f"python -m trainers: {error}", file=sys.stderr)
         return 1

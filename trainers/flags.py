@@ -98,7 +98,8 @@ def build_parser() -> Parser:
     """Every flag, with its default."""
     parser = Parser(
         prog="python -m trainers",
-        description="Train Causal-DER or one of its baselines on a stream of tasks, watched by stabilitykit.",
+        description="Train Causal-DER or one of its baselines on a stream of tasks, watched by stabilitykit. "
+        "`python -m trainers sweep --help`: many methods and seeds at once.",
         allow_abbrev=False,
     )
     _add_run(parser)
