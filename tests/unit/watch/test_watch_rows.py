@@ -1,0 +1,60 @@
+"""Every kind of tensor gives a row, if only one that says it has no such statistics."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stabilitykit.watch.rows import RowCollector
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(nested tensors|ComplexHalf|Sparse|quantize|prototype)")
+
+
+class Ids:
+    """Hands out one id."""
+
+    def tensor_id(self, name: str, **facts: Any) -> int:
+        return 7
+
+
+def row_of(tensor: Tensor) -> dict[str, Any]:
+    collector = RowCollector(Ids())
+    collector.add("layer", "output", "forward", tensor, kind="module")
+    taken = collector.take()
+    assert taken is not None
+    (row,) = taken
+    return {name: row[name].item() for name in row.dtype.names}
+
+
+def test_a_tensor_that_can_be_read_has_its_statistics(readable: Tensor) -> None:
+    row = row_of(readable)
+
+    assert (row["unsupported"], row["tensor"], row["numel"]) == (0, 7, readable.numel())
+    assert row["nan"] == row["posinf"] == row["neginf"] == 0
+    assert row["min"] <= row["mean"] <= row["max"]
+    assert math.isfinite(row["l2"])
+
+
+def test_a_tensor_that_cannot_be_read_says_so(nothing_to_read: Tensor) -> None:
+    row = row_of(nothing_to_read)
+
+    assert (row["unsupported"], row["numel"]) == (1, nothing_to_read.numel())
+    assert all(math.isnan(row[name]) for name in ("min", "max", "mean", "l2", "headroom", "subnormal"))
+
+
+def test_a_tensor_of_nothing_has_a_row_without_numbers(empty: Tensor) -> None:
+    row = row_of(empty)
+
+    assert row["numel"] == empty.numel()
+    assert math.isnan(row["max"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_what_is_not_finite_is_counted_in_the_row(dtype: torch.dtype) -> None:
+    row = row_of(torch.tensor([math.nan, math.inf, math.inf, -math.inf, 0.0, 2.0], dtype=dtype))
+
+    assert (row["nan"], row["posinf"], row["neginf"], row["zeros"], row["max"]) == (1, 2, 1, 1, 2.0)
