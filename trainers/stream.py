@@ -33,7 +33,10 @@ class Transform:
 
     def __call__(self, examples: Tensor) -> Tensor:
         """Augmented and normalised copies of images in [0, 1]."""
-        return self.normalise(self.flip(self.crop(examples)) if self.padding else examples)
+        if not self.padding:
+            return self.normalise(examples)
+        augmented = self.flip(self.crop(examples))  # a copy: what follows may write into it
+        return augmented.sub_(self.mean).div_(self.std) if self.normalises else augmented
 
     def normalise(self, examples: Tensor) -> Tensor:
         """Normalised images, no augmentation: what evaluation sees."""
