@@ -174,3 +174,20 @@ def test_a_bad_command_is_one_line_on_stderr_and_exit_code_2(flags: list[str]) -
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("mode", ["1", "2", "3", "4"])
+@pytest.mark.parametrize("name", ["perm-mnist", "rot-mnist"])
+def test_causal_der_runs_on_domains_where_a_task_graph_has_no_meaning(tmp_path: Path, name: str, mode: str) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (300, 28, 28), np.uint8)
+    for part in ("train", "t10k"):
+        for kind, array in (("images-idx3", images), ("labels-idx1", (np.arange(300) % 10).astype(np.uint8))):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+            (tmp_path / f"{part}-{kind}-ubyte").write_bytes(header + array.tobytes())
+
+    flags = ["--dataset", name, "--base_path", str(tmp_path), "--use_causal_sampling", mode]
+    results = run(tmp_path / "run", *flags, "--causal_eval_interval", "2", "--causal_warmup_tasks", "0")
+
+    assert results["class_il_matrix"] == results["task_il_matrix"]
+    assert "task_graph" not in results
+    assert (results["num_tasks"], results["num_steps"]) == (2, 20)

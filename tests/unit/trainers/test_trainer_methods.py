@@ -101,3 +101,15 @@ def test_er_stores_the_batch_alone_not_what_it_replayed(tmp_path: Path) -> None:
     trainer.train_step(batch)
 
     assert torch.equal(trainer.step.method.buffer.examples[-32:], batch.examples)
+
+
+@pytest.mark.parametrize("method", ["er", "der", "derpp", "causal-der"])
+def test_a_buffer_whose_every_slot_has_gone_bad_is_emptied_and_the_step_goes_on(tmp_path: Path, method: str) -> None:
+    trainer = make_trainer(tmp_path / "run", method)
+    trainer.step.method.buffer.logits[:] = float("nan")
+
+    loss = trainer.train_step(next(trainer.stream.batches(0, 0)))
+
+    assert loss is not None
+    assert loss.isfinite()
+    assert len(trainer.step.method.buffer) == 32
