@@ -14,6 +14,7 @@ from stabilitykit.guards import BufferSanitiser
 from trainers.policies import POLICIES
 
 TENSORS = ("examples", "labels", "logits", "task_labels", "importance", "uids", "inserted_steps")
+REPLAYED = ("examples", "labels", "logits", "task_labels")
 COUNTERS = ("filled", "n_seen", "num_steps")
 
 
@@ -97,13 +98,21 @@ class ReplayBuffer:
 
     def draw(self, probabilities: Tensor | None = None) -> Tensor:
         """Slots of one minibatch, without replacement: uniform, or by `probabilities` over the filled slots."""
+        return self.sample(probabilities)["slots"]
+
+    def sample(self, probabilities: Tensor | None = None) -> dict[str, Tensor]:
+        """What lies in the slots of one draw, gathered once: `slots` and a copy of the columns a replay needs."""
         if probabilities is not None and self.sanitiser is not None:
             probabilities = self.sanitiser.weights(probabilities)
-        slots = self.choose(probabilities)
-        if self.is_sound(slots):
-            return slots
+        rows = self.gather(self.choose(probabilities))
+        if self.is_sound(rows):
+            return rows
         self.quarantine()
-        return self.choose(None)  # what the probabilities spoke of has moved
+        return self.gather(self.choose(None))  # what the probabilities spoke of has moved
+
+    def gather(self, slots: Tensor) -> dict[str, Tensor]:
+        """Copies of what lies in `slots`."""
+        return {"slots": slots} | {name: self.storage[name][slots] for name in REPLAYED}
 
     def choose(self, probabilities: Tensor | None) -> Tensor:
         """Slots as they fall."""
@@ -138,14 +147,11 @@ class ReplayBuffer:
             return torch.arange(len(examples))
         return self.sanitiser.admit(examples=examples, labels=labels, logits=logits)
 
-    def is_sound(self, slots: Tensor) -> bool:
-        """Whether what lies in `slots` may be replayed; always without a sanitiser."""
+    def is_sound(self, rows: dict[str, Tensor]) -> bool:
+        """Whether gathered rows may be replayed; always without a sanitiser."""
         if self.sanitiser is None:
             return True
-        stored = self.storage
-        return self.sanitiser.is_sound(
-            examples=stored["examples"][slots], labels=stored["labels"][slots], logits=stored["logits"][slots]
-        )
+        return self.sanitiser.is_sound(examples=rows["examples"], labels=rows["labels"], logits=rows["logits"])
 
     def audit(self) -> int:
         """Look through the whole buffer, if an audit is due; the number of slots dropped."""

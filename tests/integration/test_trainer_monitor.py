@@ -13,9 +13,11 @@ from trainers.progress import NoProgress
 SHORT = ["--backbone", "mnistmlp", "--stop_after", "2", "--non_verbose", "1", "--num_threads", "1"]
 
 
-def test_a_monitored_run_trains_bit_for_bit_like_a_bare_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["1", "2", "3", "4"])
+def test_a_monitored_run_trains_bit_for_bit_like_a_bare_one(tmp_path: Path, mode: str) -> None:
+    causal = ["--use_causal_sampling", mode, "--causal_eval_interval", "10", "--causal_warmup_tasks", "0"]
     for monitor in ("0", "1"):
-        assert main([*SHORT, "--monitor", monitor, "--run_dir", str(tmp_path / monitor)]) == 0
+        assert main([*SHORT, *causal, "--monitor", monitor, "--run_dir", str(tmp_path / monitor)]) == 0
 
     bare, watched = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("0", "1"))
     assert watched["last_loss"] == bare["last_loss"]

@@ -32,11 +32,9 @@ class Replaying(Sgd):
 
     def replay(self, probabilities: Tensor | None) -> Replay:
         """One draw."""
-        slots = self.buffer.draw(probabilities)
-        inputs = self.transform(self.buffer.examples[slots])
-        return Replay(
-            slots, inputs, self.buffer.labels[slots], self.buffer.logits[slots], self.buffer.task_labels[slots]
-        )
+        rows = self.buffer.sample(probabilities)
+        inputs = self.transform(rows["examples"])
+        return Replay(rows["slots"], inputs, rows["labels"], rows["logits"], rows["task_labels"])
 
     def predict(self, replay: Replay) -> Tensor:
         """Logits of a draw, in float32."""
