@@ -102,6 +102,8 @@ class ReplayBuffer:
 
     def sample(self, probabilities: Tensor | None = None) -> dict[str, Tensor]:
         """What lies in the slots of one draw, gathered once: `slots` and a copy of the columns a replay needs."""
+        if probabilities is not None and len(probabilities) != self.filled:
+            probabilities = None  # the draw before has dropped slots
         if probabilities is not None and self.sanitiser is not None:
             probabilities = self.sanitiser.weights(probabilities)
         rows = self.gather(self.choose(probabilities))
@@ -166,7 +168,7 @@ class ReplayBuffer:
         """
         if self.sanitiser is None:
             return 0
-        stored = {name: getattr(self, name) for name in ("examples", "labels", "logits", "importance", "uids")}
+        stored = {name: getattr(self, name) for name in ("examples", "labels", "logits", "uids")}
         bad = self.sanitiser.audit(**stored)
         kept = torch.ones(self.filled, dtype=torch.bool).index_fill_(0, bad, False).nonzero().flatten()
         if len(bad):

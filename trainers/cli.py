@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import time
 from collections.abc import Sequence
@@ -28,15 +29,15 @@ from trainers.precision import PrecisionConfig
 from trainers.trainer import TrainerConfig
 from trainers.watching import WatchConfig
 
+COMMANDS = ("sweep", "campaign", "ablate")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        if argv[:1] == ["sweep"]:
-            from trainers import sweep
-
-            return sweep.main(argv[1:])
+        if argv and argv[0] in COMMANDS:
+            return run_command(argv[0], argv[1:])
         train(argv)
     except NonFiniteError as error:
         print(f"python -m trainers: {error}", file=sys.stderr)
@@ -48,6 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("python -m trainers: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def run_command(name: str, argv: list[str]) -> int:
+    """A command of its own module, loaded when it is asked for."""
+    module = importlib.import_module(f"trainers.{name}")
+    code: int = module.main(argv)
+    return code
 
 
 def train(argv: list[str]) -> None:

@@ -165,7 +165,7 @@ def _add_run(parser: Parser) -> None:
 def _add_training(parser: Parser) -> None:
     group = parser.add_argument_group("network and optimizer")
     add = group.add_argument
-    add("--backbone", default="resnet8", help="resnet8, reduced-resnet18, resnet18 or mnistmlp")
+    add("--backbone", default="resnet8", help="resnet8, reduced-resnet18, resnet18, convnet or mnistmlp")
     add("--norm", default="batch", help="batch or group")
     add("--pool", default=1, type=whole, help="average-pool the input by this factor first: 1, 2 or 4")
     add("--n_epochs", default=1, type=whole, help="per task")

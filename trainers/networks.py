@@ -127,6 +127,27 @@ class MnistMlp(Network):
         return relu(self.fc2(relu(self.fc1(x.flatten(1)))))
 
 
+class ConvNet(Network):
+    """Three 3x3 convolutions of stride 2, each with a norm: the smallest network that has BatchNorm."""
+
+    def __init__(self, in_channels: int, num_classes: int, *, width: int, norm: Norm, pool: int) -> None:
+        super().__init__()
+        layer = nn.BatchNorm2d if norm == "batch" else _group_norm
+        self.pool = pool
+        self.conv1, self.bn1 = nn.Conv2d(in_channels, width, 3, 2, 1, bias=False), layer(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, 2 * width, 3, 2, 1, bias=False), layer(2 * width)
+        self.conv3, self.bn3 = nn.Conv2d(2 * width, 4 * width, 3, 2, 1, bias=False), layer(4 * width)
+        self.classifier = nn.Linear(4 * width, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the vector the classifier sees."""
+        x = avg_pool2d(x, self.pool) if self.pool > 1 else x
+        x = relu(self.bn1(self.conv1(x)))
+        x = relu(self.bn2(self.conv2(x)))
+        x = relu(self.bn3(self.conv3(x)))
+        return x.mean(dim=(2, 3))
+
+
 def _group_norm(channels: int) -> nn.Module:
     return nn.GroupNorm(min(4, channels), channels)
 
@@ -142,10 +163,15 @@ def _mlp(config: NetworkConfig, shape: Shape, num_classes: int) -> Network:
     return MnistMlp(shape[0] * shape[1] * shape[2], num_classes, pool=config.pool)
 
 
+def _convnet(config: NetworkConfig, shape: Shape, num_classes: int) -> Network:
+    return ConvNet(shape[0], num_classes, width=12, norm=config.norm, pool=config.pool)
+
+
 NETWORKS: Mapping[str, Callable[[NetworkConfig, Shape, int], Network]] = {
     "resnet8": _residual(16, (1, 1, 1)),
     "reduced-resnet18": _residual(20, (2, 2, 2, 2)),
     "resnet18": _residual(64, (2, 2, 2, 2)),
+    "convnet": _convnet,
     "mnistmlp": _mlp,
 }
 

@@ -121,7 +121,8 @@ class Trainer:
     def run_epoch(self, task: int, epoch: int) -> None:
         """Once through the task's images, or through the rest of them."""
         self.watch.log(task=task, epoch=epoch)
-        self.step.schedule.apply(self.step.optimizer, task, epoch)
+        if self.step.guards.learning_rate is None:
+            self.step.schedule.apply(self.step.optimizer, task, epoch)
         self.epoch_order = self.stream.order.get_state()
         for batch in self.stream.batches(task, epoch, self.position.batch):
             loss = self.train_step(batch)

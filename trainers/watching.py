@@ -67,6 +67,7 @@ class WatchConfig:
         record_every: steps between records of all tensors; 0 leaves it to the monitor's budget.
         max_skips: steps lost in a row after which the run ends all the same.
         snapshot_every: steps between snapshots for `rollback`.
+        report: let the monitor render its report and compact its log when the run ends.
         rollback_lr: share of the learning rate that the steps after a rollback train at.
     """
 
@@ -77,6 +78,7 @@ class WatchConfig:
     max_skips: int = 20
     snapshot_every: int = 10
     rollback_lr: float = 1.0
+    report: bool = True
 
     def __post_init__(self) -> None:
         if self.on_nonfinite not in get_args(Policy):
@@ -148,6 +150,8 @@ def attach(
             max_consecutive_skips=config.max_skips,
             resume=resume_at is not None,
             first_step=first_step,
+            report=config.report,
+            compact=config.report,
         ),
         on_nonfinite=config.monitor_policy,
         scaler=scaler if scaler.is_enabled() else None,

@@ -18,13 +18,17 @@ from stabilitykit.schema import Phase
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a step is not sound: what was wrong, where a diagnosis would file it, and which rows it was."""
+    """Why a step is not sound: what was wrong, where a diagnosis would file it, and which rows it was.
+
+    `stateless`: it cannot lie in weights or optimizer, so that an older state would be no better.
+    """
 
     what: str
     phase: Phase
     tensor: str = ""
     rows: tuple[int, ...] = ()
     error: type[StabilityKitError] = NonFiniteError  # what it is raised as
+    stateless: bool = False
 
 
 def first_bad(named: Iterable[tuple[str, Tensor | None]]) -> str:
@@ -32,12 +36,19 @@ def first_bad(named: Iterable[tuple[str, Tensor | None]]) -> str:
 
     Norms come first, since they are fused and cheap; one that is not finite may be an overflow, so extremes decide.
     """
+    return first_bad_of(measured(named))
+
+
+def measured(named: Iterable[tuple[str, Tensor | None]]) -> list[tuple[str, Tensor, float]]:
+    """Tensors with names and norms, in one transfer; the norm of finite values above 1e19 may be infinite."""
     present = [(name, tensor) for name, tensor in named if tensor is not None and tensor.numel()]
     norms = transfer(tensor_norms(tensor for _, tensor in present))
-    for (name, tensor), norm in zip(present, norms, strict=True):
-        if not math.isfinite(norm) and not is_finite(tensor):
-            return name
-    return ""
+    return [(name, tensor, norm) for (name, tensor), norm in zip(present, norms, strict=True)]
+
+
+def first_bad_of(tensors: Iterable[tuple[str, Tensor, float]]) -> str:
+    """Name of the first that holds a NaN or Inf."""
+    return next((name for name, tensor, norm in tensors if not math.isfinite(norm) and not is_finite(tensor)), "")
 
 
 def all_finite(tensors: Iterable[Tensor | None]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import InitVar, dataclass, fields
 from typing import Any, ParamSpec, TypeVar
@@ -96,7 +97,8 @@ class Guards:
             if self.precision is not None:
                 self.precision.skip(optimizer)
             return False
-        if self.clip is not None:
+        overflown = self.precision is not None and self.precision.scaler.is_enabled() and not math.isfinite(norm)
+        if self.clip is not None and not overflown:  # which is the scaler's business
             self.clip(parameters, norm)
         if self.precision is not None:
             self.precision.step(optimizer)

@@ -79,7 +79,7 @@ class MixedPrecision(Guard):
         after = self.scaler.get_scale()
         if after < before:
             message = f"gradients overflowed float16: step left out, loss scale {before:g} -> {after:g}"
-            self.acted(message, severity="info", scale=after)
+            self.acted(message, severity="info", scale=after, phase="backward")
 
     def skip(self, optimizer: Optimizer) -> None:
         """Instead of `step`, where the caller found the step unsound: the scaler must hear of it all the same.

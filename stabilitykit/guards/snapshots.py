@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stabilitykit.guards.checks import first_bad
@@ -18,8 +19,8 @@ DEPTH = 3  # snapshots held for a rollback: one that is finite may already be on
 class GoodStates:
     """Takes snapshots every so many steps and goes back to the newest good one; when that does not help, further back.
 
-    Going back again before a new state has proved good goes one snapshot further back, and the random streams then stay
-    where they are, since the same draws would meet the same fate.
+    When a state that was gone back to proves no better, the random streams stay where they are at the next return,
+    since the same draws would meet the same fate, and the caller may ask for an older state.
 
     Args:
         model: parameters, module buffers and modes.
@@ -37,10 +38,12 @@ class GoodStates:
         self._states: deque[tuple[int, Snapshot]] = deque(maxlen=depth)
         self._candidate: tuple[int, Snapshot] | None = None
         self._due = 0
+        self._buffers: list[tuple[Tensor, Tensor]] = []
         self._returned = False  # to the newest state, and none has proved good since
 
     def before_step(self, step: int) -> None:
         """Take a snapshot where one is due."""
+        self._buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
         if self._candidate is None and step >= self._due and not self._corrupted():
             self._candidate = step, self._state.capture()
             self._due = step + self._every
@@ -61,10 +64,21 @@ class GoodStates:
         self._candidate, self._due = None, 0
         return True
 
-    def roll_back(self) -> int | None:
-        """Restore the last good state; the step it began, or None when there is none yet."""
+    def undo_forward(self) -> None:
+        """Put back what a step without an update has changed: module buffers; random streams stay where they are."""
         self._candidate, self._due = None, 0
-        if self._returned and len(self._states) > 1:
+        with torch.no_grad():
+            for buffer, held in self._buffers:
+                buffer.copy_(held)
+
+    def roll_back(self, *, further: bool) -> int | None:
+        """Restore the last good state; the step it began, or None when there is none yet.
+
+        Args:
+            further: take an older one if the last has been gone back to already.
+        """
+        self._candidate, self._due = None, 0
+        if further and self._returned and len(self._states) > 1:
             self._states.pop()
         if not self._states:
             return None

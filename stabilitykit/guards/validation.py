@@ -14,7 +14,15 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from stabilitykit.errors import NonFiniteError, UsageError
-from stabilitykit.guards.checks import Problem, first_bad, gradient_norm, input_problem, label_problem
+from stabilitykit.guards.checks import (
+    Problem,
+    first_bad,
+    first_bad_of,
+    gradient_norm,
+    input_problem,
+    label_problem,
+    measured,
+)
 from stabilitykit.guards.guard import Guard
 from stabilitykit.guards.learning_rate import COOLED, FACTOR
 from stabilitykit.guards.quarantine import set_aside
@@ -41,10 +49,14 @@ class StepValidation(Guard):
             if (loss := train_step(x, y)) is not None:  # None: the step does not count
                 mean_loss.update(loss)
 
-    What makes a step unsound: NaN or Inf in its inputs, loss, gradients, weights or module buffers; labels out of range
-    (with `labels` and `num_classes`); a finite loss or gradient norm more than `max_jump` times the largest of the last
-    50 sound steps; gradients that are all zero or missing although the loss is not zero, since such a step trains
-    nothing and says so nowhere.
+    What makes a step unsound: NaN or Inf in its inputs, loss, gradients, weights or module buffers; labels out of
+    range (with `labels` and `num_classes`); a finite loss or gradient norm more than `max_jump` times the largest of
+    the last 50 sound steps, or weights that jumped so far in one; gradients that are all zero or missing although the
+    loss is not zero, since such a step trains nothing and says so nowhere.
+
+    Under `rollback` a step whose update was refused (see `allows_update`) has harmed nothing and its batch may be to
+    blame: it is left out, and the state goes back only when its weights are bad, or the 2nd, 4th, 8th ... step in a
+    row fails.
 
     Args:
         model: the network.
@@ -114,6 +126,7 @@ class StepValidation(Guard):
         self._recent: dict[str, deque[float]] = {"loss": deque(maxlen=RECENT), "gradient norm": deque(maxlen=RECENT)}
         self._now: dict[str, float] = {}
         self._refused: Problem | None = None
+        self._norms: dict[str, float] = {}  # of the weights, when they were last sound
         self._judged = False
         self.cooling = 0
 
@@ -171,8 +184,8 @@ class StepValidation(Guard):
             and (problem := self._before_update(_number(loss), None))
         ):
             return problem
-        if name := first_bad(self.model.named_parameters()):
-            return Problem(f"weights: NaN or Inf in {name}", "optimizer", name)
+        if problem := self._weight_problem():
+            return problem
         if name := first_bad(self.model.named_buffers()):
             return Problem(f"module buffers: NaN or Inf in {name}", "state", name)
         return None
@@ -221,7 +234,8 @@ class StepValidation(Guard):
             return Problem(f"gradients: norm is {norm}" + (f", NaN or Inf in {name}" if name else ""), "backward", name)
         if not norm and loss:
             what = "are all zero" if gradients else "are missing"
-            return Problem(f"gradients {what} although the loss is {loss:.4g}: nothing is trained", "backward")
+            text = f"gradients {what} although the loss is {loss:.4g}: nothing is trained"
+            return Problem(text, "backward", stateless=not gradients)
         self._now = {"loss": abs(loss), "gradient norm": norm}
         return self._jump()
 
@@ -249,7 +263,7 @@ class StepValidation(Guard):
             facts["batch"] = set_aside(self.run_dir, self.step_index, batch, ids)
         self.in_a_row += 1
         # A batch that was refused has touched nothing.
-        done = self._undo(facts) if problem.phase != "data" else DONE.get(self.policy, "batch refused")
+        done = self._undo(problem, facts) if problem.phase != "data" else DONE.get(self.policy, "batch refused")
         fatal = self.policy == "raise" or (self.policy != "record" and self.in_a_row >= self.max_in_a_row)
         self.acted(
             f"step {self.step_index:,}: {problem.what}; {done}", severity="error" if fatal else "warning", **facts
@@ -262,14 +276,34 @@ class StepValidation(Guard):
                 "lower the learning rate, or raise max_in_a_row"
             )
 
-    def _undo(self, facts: dict[str, Any]) -> str:
-        if self.policy == "rollback" or (self.policy == "skip" and not self._states.undo()):
-            return self._roll_back(facts)
-        return DONE[self.policy]
+    def _undo(self, problem: Problem, facts: dict[str, Any]) -> str:
+        if self.policy == "skip" and self._states.undo():
+            return DONE["skip"]
+        if self.policy not in ("skip", "rollback"):
+            return DONE[self.policy]
+        # Going back costs what was learnt since. A refused update has harmed nothing, and the batch may be to blame:
+        # only when the 2nd, 4th, 8th ... step in a row fails as well is it the state, and then an older one each time.
+        again = self.in_a_row > 1 and self.in_a_row.bit_count() == 1
+        if self._refused is not None and (problem.stateless or not (again or self._weight_problem())):
+            self._states.undo_forward()
+            return "update refused"
+        return self._roll_back(facts, further=again)
 
-    def _roll_back(self, facts: dict[str, Any]) -> str:
+    def _weight_problem(self) -> Problem | None:
+        """A weight that is not finite, or a tensor of them that jumped: a flipped bit, a rate that is far too high."""
+        weights = measured(self.model.named_parameters())
+        if name := first_bad_of(weights):
+            return Problem(f"weights: NaN or Inf in {name}", "optimizer", name)
+        for name, _, norm in weights:
+            before = self._norms.get(name, math.inf)
+            if norm > self.max_jump * max(before, 1.0):
+                return Problem(f"weights: norm of {name} jumped from {before:.4g} to {norm:.4g}", "weights", name)
+        self._norms = {name: norm for name, _, norm in weights}
+        return None
+
+    def _roll_back(self, facts: dict[str, Any], *, further: bool) -> str:
         self._warm_up()
-        back_to = self._states.roll_back()
+        back_to = self._states.roll_back(further=further)
         self._warm_up()  # the state may be one of an earlier cooling
         facts["to_step"] = back_to
         if back_to is None:

@@ -134,9 +134,11 @@ class CausalDer(Derpp):
     def probabilities(self, batch: Batch) -> Tensor | None:
         """The blend of even draws and draws by importance; None (evenly) while it weighs nothing."""
         if self.is_due(batch):
-            self.refresh(batch)
+            self.buffer.quarantine()  # a score looks at every slot, and one bad label would end the run
+            if self.buffer:
+                self.refresh(batch)
         weight = self.blend(batch.task)
-        return blended_probabilities(self.buffer.importance, weight) if weight else None
+        return blended_probabilities(self.buffer.importance, weight) if weight and self.buffer else None
 
     def blend(self, task: int) -> float:
         """Share of the draws that goes by importance."""

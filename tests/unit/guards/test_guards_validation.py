@@ -278,8 +278,9 @@ def test_going_back_again_goes_further_back_and_does_not_repeat_the_draws() -> N
     step(*loop.batches[8])
     twice = torch.get_rng_state()
     step(*loop.batches[9])
+    step(*loop.batches[10])
 
-    assert [event["to_step"] for event in events] == [6, 3, 0]
+    assert [event["to_step"] for event in events] == [6, 3, 3, 0]
     assert not torch.equal(once, twice)
 
 
