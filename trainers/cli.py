@@ -1,6 +1,6 @@
-"""`python -m trainers [sweep]`: flags in, exit code out.
+"""`python -m trainers [sweep | campaign | ablate]`: flags in, exit code out.
 
-0 done, 1 a step went non-finite (or a sweep's run failed), 2 bad usage or data.
+0 done, 1 a step went non-finite (or a run of a sweep failed), 2 bad usage or data.
 """
 
 from __future__ import annotations

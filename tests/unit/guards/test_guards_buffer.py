@@ -85,3 +85,13 @@ def test_s20_all_finite_finds_one_bad_value_and_is_not_fooled_by_large_ones(bad:
 
     assert all_finite([large, None, torch.ones(3, dtype=torch.int64), torch.empty(0)])
     assert not all_finite([large, spoilt])
+
+
+def test_o11_finite_garbage_is_set_aside_as_well() -> None:
+    sanitiser = BufferSanitiser()
+    logits = torch.randn(5, 3)
+    logits[1, 1] = 1e30
+    logits[4, 0] = -1e30
+
+    assert sanitiser.audit(logits=logits).tolist() == [1, 4]
+    assert BufferSanitiser(max_magnitude=math.inf).is_sound(logits=logits)
