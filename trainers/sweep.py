@@ -13,9 +13,10 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,27 @@ def main(argv: Sequence[str]) -> int:
     claim(args.out, args.flags)
     left = [job for job in jobs if not job.finished]
     outcomes = run_on_ray(left, args.ray) if args.ray else run_here(left, args.jobs)
-    with closing(outcomes):
+    with terminable(), closing(outcomes):
         failures = follow(jobs, outcomes)
     report(jobs, args.out, args.baseline or args.methods[0])
     for failure in failures:
         text = f"{failure.job.method}, seed {failure.job.seed}: exit code {failure.exit_code}: {failure.message}"
         print(f"python -m trainers sweep: {text}", file=sys.stderr)
     return 1 if failures else 0
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM end the sweep as an exception does, so that its processes end with it."""
+
+    def leave(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

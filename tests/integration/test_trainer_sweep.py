@@ -104,6 +104,21 @@ def test_an_abandoned_sweep_leaves_no_process_behind(tmp_path: Path) -> None:
     assert str(tmp_path) not in listed
 
 
+def test_a_terminated_sweep_takes_its_processes_with_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "trainers", "sweep", "--out", str(tmp_path / "out"), "--methods", "derpp"]
+    command += ["--seeds", "0", "--jobs", "1", "--", *FLAGS, "--n_epochs", "500"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "out" / "derpp" / "seed=0" / "checkpoint.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+
+    process.terminate()
+
+    assert process.wait() == 128 + signal.SIGTERM
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path) not in listed
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
