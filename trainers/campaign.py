@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -20,6 +20,7 @@ from rich.table import Table
 
 from stabilitykit.errors import UsageError
 from trainers import flags
+from trainers.binomial import exact_interval
 from trainers.faults import FAULTS
 from trainers.trial import BATCHES_PER_TASK, HEALTHY, NETS, Outcome, Spec, prepare_worker, run_trial
 
@@ -37,6 +38,7 @@ class CampaignConfig:
         healthy: runs without one, for false alarms.
         guards: `none`, `quick` (the stability guide's first four), `all`, or a list.
         faults: names from FAULTS.
+        lr: base learning rate of every run.
         seed: draws faults, steps, networks.
         jobs: processes.
         out: folder of the record; runs found in it are not repeated.
@@ -46,6 +48,7 @@ class CampaignConfig:
     healthy: int
     guards: str
     faults: tuple[str, ...]
+    lr: float = 0.1
     seed: int
     jobs: int
     out: Path
@@ -62,7 +65,7 @@ class CampaignConfig:
         guards = guard_names(self.guards)
         faulty = [draw(index, self.seed, self.faults, guards) for index in range(self.runs)]
         healthy = [draw(index, self.seed, (HEALTHY,), guards) for index in range(self.healthy)]
-        return faulty + healthy
+        return [replace(spec, lr=self.lr) for spec in faulty + healthy]
 
 
 def guard_names(given: str) -> tuple[str, ...]:
@@ -156,6 +159,17 @@ def summarise(guards: str, outcomes: Sequence[Outcome]) -> dict[str, object]:
     }
 
 
+def intervals(outcomes: Sequence[Outcome]) -> list[str]:
+    """What the counts prove, a line each: exact 95 % limits."""
+    faulty = [outcome for outcome in outcomes if outcome.spec.fault != HEALTHY]
+    lines = []
+    for name in MEASURED if faulty else ():
+        count = sum(getattr(outcome, name) for outcome in faulty)
+        low, high = exact_interval(count, len(faulty))
+        lines.append(f"{name}: {count} of {len(faulty)}, 95 % limits {100 * low:.2f} to {100 * high:.2f} %")
+    return lines
+
+
 def table(outcomes: Iterable[Outcome], title: str) -> Table:
     """Outcomes by fault."""
     by_fault: dict[str, list[Outcome]] = {}
@@ -188,6 +202,8 @@ def main(argv: Sequence[str]) -> int:
     with Live(progress(), console=console, refresh_per_second=1, transient=True) as live:
         outcomes = execute(specs, record, config.jobs, lambda: live.update(progress()))
     console.print(progress())
+    for line in intervals(outcomes):
+        console.print(line, highlight=False)
     print(json.dumps(summarise(config.guards, outcomes)), flush=True)
     return 0
 
@@ -198,6 +214,7 @@ def parse(argv: Sequence[str]) -> CampaignConfig:
     add_common(parser)
     parser.add_argument("--runs", type=flags.whole, default=100, help="runs with a fault")
     parser.add_argument("--healthy", type=flags.whole, help="runs without one (a fifth of --runs)")
+    parser.add_argument("--lr", type=flags.number, default=0.1, help="base learning rate of every run")
     parser.add_argument("--guards", default="all", help="none, quick (the first four), all, or a list")
     args = parser.parse_args(list(argv))
     return CampaignConfig(
@@ -205,6 +222,7 @@ def parse(argv: Sequence[str]) -> CampaignConfig:
         healthy=args.runs // 5 if args.healthy is None else args.healthy,
         guards=args.guards,
         faults=fault_names(args.faults),
+        lr=args.lr,
         seed=args.seed,
         jobs=args.jobs,
         out=args.out,

@@ -45,6 +45,7 @@ class Spec:
     fault: str  # one of FAULTS, or `healthy`
     step: int  # before which the fault strikes
     guards: tuple[str, ...]
+    lr: float = 0.1
 
     @property
     def twin(self) -> Spec:
@@ -172,7 +173,7 @@ def configure(spec: Spec, run_dir: Path) -> ExperimentConfig:
         buffer=BufferConfig(minibatch_size=32, sanitise="buffer" in on, audit_every=50 if "buffer" in on else 0),
         replay=ReplayConfig(beta=1.0, adaptive="replay_weights" in on),
         causal=CausalConfig(warmup_tasks=1, refresh_every=10, isolate="isolation" in on),
-        optimizer=OptimizerConfig(lr=0.1, momentum=0.5),
+        optimizer=OptimizerConfig(lr=spec.lr, momentum=0.5),
         schedule=ScheduleConfig(over_tasks="lr" in on, milestones=(1,), gamma=0.1),
         precision=PrecisionConfig(format="fp16" if half else "fp32", whole_step="precision" in on),
         trainer=TrainerConfig(num_epochs=2, freeze_bn="freeze_bn" in on, stop_after=spec.num_tasks),
@@ -203,7 +204,7 @@ def run_trial(spec: Spec, twins: Path) -> Outcome:
 
 def healthy_twin(spec: Spec, twins: Path) -> dict[str, float]:
     """Accuracies of the run with nothing wrong: looked up, or measured and kept."""
-    path = twins / f"{'-'.join(spec.guards) or 'none'}_{spec.net}_{spec.num_tasks}_{spec.seed}.json"
+    path = twins / f"{'-'.join(spec.guards) or 'none'}_{spec.net}_{spec.num_tasks}_{spec.seed}_{spec.lr:g}.json"
     if path.exists():
         found: dict[str, float] = json.loads(path.read_text())
         return found
