@@ -17,7 +17,7 @@ class MonitorConfig:
 
     Attributes:
         cadence: record tensors every so many steps; None: as often as `budget` allows, among 1, 2, 5, ... 100.
-        budget: share of a step's own time that recording may take when `cadence` is None; the sentinel comes on top.
+        budget: share of a step's own time that watching may take when `cadence` is None; the sentinel is the floor.
         replays: faults of a run that are replayed in full; later ones are events.
         max_consecutive_skips: under `skip` and `rollback`, this many steps undone in a row end the run with an error.
         snapshot_every: copy the training state every so many steps; None: every 10, or as `snapshot_budget` allows.
@@ -42,7 +42,7 @@ class MonitorConfig:
     replays: int = 3
     max_consecutive_skips: int = 20
     snapshot_every: int | None = None
-    snapshot_budget: float = 0.01
+    snapshot_budget: float = 0.005
     rollback_steps: int = 20
     history_bytes: int = 64 << 20
     run_up: int = 32

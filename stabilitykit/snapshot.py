@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import random
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from types import FunctionType, ModuleType
 from typing import Any, TypeVar
 
@@ -19,6 +21,7 @@ from stabilitykit.errors import UsageError
 
 T = TypeVar("T")
 MAX_DEPTH = 3  # attributes of attributes: objects may refer to each other
+_VERSION, _TRAINING, _REQUIRES_GRAD = map(attrgetter, ("_version", "training", "requires_grad"))
 BUFFER_FIELDS = ("examples", "labels", "logits", "task_labels", "uids")
 
 
@@ -35,7 +38,7 @@ class RandomStates:
     def capture(cls) -> RandomStates:
         """Read the streams without advancing them."""
         cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-        return cls(torch.get_rng_state(), cuda, random.getstate(), np.random.get_state())  # noqa: NPY002
+        return cls(torch.get_rng_state(), cuda, _PYTHON_STREAM.state(), _NUMPY_STREAM.state())
 
     def restore(self) -> None:
         """Put every stream back where it was."""
@@ -44,6 +47,48 @@ class RandomStates:
             torch.cuda.set_rng_state_all(list(self.torch_cuda))
         random.setstate(self.python)
         np.random.set_state(self.numpy)  # type: ignore[arg-type]  # noqa: NPY002
+
+
+class _PythonStream:
+    """Python's global random stream: 625 numbers, held once while nobody draws from it."""
+
+    def __init__(self) -> None:
+        self._state: tuple[Any, ...] = ()
+
+    def state(self) -> tuple[Any, ...]:
+        """As `random.getstate()`."""
+        state = random.getstate()
+        if state != self._state:
+            self._state = state
+        return self._state
+
+
+class _NumpyStream:
+    """numpy's global random stream.
+
+    Its public call costs 30 us, as much as a small step's other bookkeeping; to read the generator's memory, whose
+    address numpy hands out, 0.4. So the call is made when that memory has changed, or where it does not hold all: the
+    second number of a pair of legacy normals lies elsewhere.
+    """
+
+    MT19937_BYTES = 4 * 624 + 4  # the key and the position in it
+
+    def __init__(self) -> None:
+        self._memory = b""
+        self._state: Any = None
+
+    def state(self) -> Any:
+        """As `numpy.random.get_state()`."""
+        generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+        if type(generator) is not np.random.MT19937:
+            return np.random.get_state()  # noqa: NPY002
+        memory = ctypes.string_at(generator.ctypes.state_address, self.MT19937_BYTES)
+        if memory != self._memory or self._state[3]:
+            self._memory, self._state = memory, np.random.get_state()  # noqa: NPY002
+        return self._state
+
+
+_PYTHON_STREAM, _NUMPY_STREAM = _PythonStream(), _NumpyStream()
 
 
 @dataclass(frozen=True)
@@ -68,9 +113,9 @@ class Snapshot:
 
     @property
     def num_bytes(self) -> int:
-        """Memory held by the tensor copies."""
-        copies = [held for _, held in self.tensors] + [held for _, _, held in self.gradients if held is not None]
-        return sum(held.nbytes for held in copies)
+        """Memory held by the copies of parameters, buffers, gradients and optimizer states."""
+        copies = ([held for _, held in self.tensors], [held for _, _, held in self.gradients], self.optimizer_states)
+        return sum(held.nbytes for _, held in tensors_of(copies) if held.layout == torch.strided)
 
 
 class TrainingState:
@@ -106,15 +151,24 @@ class TrainingState:
         """Capture the cheap part alone."""
         return Moment(RandomStates.capture(), tuple(_hyperparameters(entry) for entry in self.optimizers))
 
-    def capture(self) -> Snapshot:
-        """Copy the whole state; costs about one pass over parameters, gradients and optimizer state."""
+    @torch.no_grad()
+    def capture(self, spare: Snapshot | None = None) -> Snapshot:
+        """Copy the whole state; costs about one pass over parameters, gradients and optimizer state.
+
+        Args:
+            spare: a snapshot that nobody needs any more: its memory is written over, in half the time that fresh memory
+                takes.
+        """
         parameters = self.parameters()
         buffers = [entry for module in self.modules for entry in module.buffers() if not is_lazy(entry)]
         self._versioned = [*parameters, *buffers]
         self._moded = [entry for module in self.modules for entry in module.modules()]
+        known = dict(spare.tensors) if spare else {}
+        gradients = {entry: held for entry, _, held in spare.gradients} if spare else {}
+        states = spare.optimizer_states if spare else [{} for _ in self.optimizers]
         return Snapshot(
             moment=self.moment(),
-            tensors=tuple((entry, entry.detach().clone()) for entry in (*parameters, *buffers)),
+            tensors=tuple((entry, _merge(known.get(entry), entry.detach())) for entry in (*parameters, *buffers)),
             buffers=tuple(
                 (owner, name, entry)
                 for module in self.modules
@@ -122,9 +176,10 @@ class TrainingState:
                 for name, entry in owner._buffers.items()
                 if entry is not None
             ),
-            gradients=tuple((entry, entry.grad, _clone(entry.grad)) for entry in parameters),
+            gradients=tuple((entry, entry.grad, _merge(gradients.get(entry), entry.grad)) for entry in parameters),
             optimizer_states=tuple(
-                {key: clone_tree(value) for key, value in optimizer.state.items()} for optimizer in self.optimizers
+                {key: _merge(held.get(key), value) for key, value in optimizer.state.items()}
+                for optimizer, held in zip(self.optimizers, states, strict=True)
             ),
             modes=tuple((entry, entry.training) for entry in self._moded),
             extras=tuple(entry.capture() for entry in self._extras),
@@ -158,10 +213,10 @@ class TrainingState:
         """Changes when a tensor of the last capture is written to, or one of a replay buffer, or a mode is set."""
         extras = [tensor for extra in self._extras for tensor in extra.tensors()]
         return (
-            sum(entry._version for entry in self._versioned),
-            sum(entry._version for entry in extras),
-            sum(entry.training for entry in self._moded),
-            sum(entry.requires_grad for entry in self._versioned),
+            sum(map(_VERSION, self._versioned)),
+            sum(map(_VERSION, extras)),
+            sum(map(_TRAINING, self._moded)),
+            sum(map(_REQUIRES_GRAD, self._versioned)),
         )
 
 
@@ -234,14 +289,14 @@ def _assign(target: Any, name: str, tensor: Tensor) -> None:
         setattr(target, name, tensor)
 
 
+_PLAIN = (int, float, bool, str, type(None))
+
+
 def _hyperparameters(optimizer: Optimizer) -> tuple[dict[str, Any], ...]:
     return tuple(
-        {key: clone_tree(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+        {key: value if type(value) in _PLAIN else clone_tree(value) for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
     )
-
-
-def _clone(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().clone()
 
 
 def _refill(gradient: Tensor, held: Tensor) -> Tensor:
@@ -270,16 +325,22 @@ def _restore_optimizer(optimizer: Optimizer, states: Mapping[Tensor, Any]) -> No
         optimizer.state[key] = _merge(optimizer.state.get(key), held)
 
 
-def _merge(live: Any, held: Any) -> Any:
-    if isinstance(held, Tensor):
-        if isinstance(live, Tensor) and live.shape == held.shape and live.dtype == held.dtype:
-            with torch.no_grad():
-                return live.copy_(held)
-        return held.clone()
-    if isinstance(held, dict):
-        known = live if isinstance(live, dict) else {}
-        return {key: _merge(known.get(key), entry) for key, entry in held.items()}
-    return clone_tree(held)
+def _merge(old: Any, new: Any) -> Any:
+    """A copy of the tree `new`, in the memory of the tensors of `old` where they fit."""
+    if isinstance(new, Tensor):
+        with torch.no_grad():
+            return old.copy_(new) if type(old) is type(new) and _kind(old) == _kind(new) else new.detach().clone()
+    if isinstance(new, dict):
+        known = old if isinstance(old, dict) else {}
+        return {key: _merge(known.get(key), entry) for key, entry in new.items()}
+    return clone_tree(new)
+
+
+def _kind(tensor: Tensor) -> object:
+    """What two tensors must share for the one to be written over with the other."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return object()  # equal to no other
+    return tensor.shape, tensor.dtype, tensor.device
 
 
 def tensors_of(value: Any) -> Iterator[tuple[str, Tensor]]:
@@ -291,6 +352,11 @@ def leaves_of(value: Any, kind: type[T], path: str = "") -> Iterator[tuple[str, 
     """Everything of one type in nested containers; see `tensors_of`."""
     if isinstance(value, kind):
         yield path, value
+    elif type(value) in _PLAIN:
+        return
+    elif type(value) is tuple or type(value) is list:  # nine in ten
+        for index, entry in enumerate(value):
+            yield from leaves_of(entry, kind, f"{path}[{index}]")
     elif isinstance(value, Mapping):
         for key, entry in value.items():
             yield from leaves_of(entry, kind, f"{path}[{key!r}]")

@@ -3,12 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from stabilitykit.measure.values import is_plain, values
+
+_ORDINARY = (Tensor, torch.nn.Parameter)
+
+
+class Norms:
+    """L2 norms by name, as 0-d tensors until they are brought to the host.
+
+    Norms of tensors on the host are read at once: that is no transfer, and a check may act on them in time.
+
+    Attributes:
+        names: of the tensors.
+        pending: 0-d tensors that `finish` waits for; none on the host.
+    """
+
+    def __init__(self, names: Sequence[str] = (), norms: Sequence[Tensor] = ()) -> None:
+        self.names = names
+        on_host = all(norm.is_cpu for norm in norms)
+        self.pending: Sequence[Tensor] = () if on_host else norms
+        self._values: Sequence[float] = transfer(norms) if on_host else ()
+
+    def finish(self, received: Iterator[float]) -> Mapping[str, float]:
+        """The norms by name; takes those it waits for from the front of `received`."""
+        if self.pending:
+            self._values, self.pending = [next(received) for _ in self.pending], ()
+        return dict(zip(self.names, self._values, strict=True))
+
+    def read(self) -> Mapping[str, float]:
+        """The norms by name, brought over on their own."""
+        return self.finish(iter(transfer(self.pending)))
+
+    @property
+    def known_bad(self) -> bool:
+        """Whether one is known to be NaN or Inf without a transfer."""
+        return not math.isfinite(math.hypot(*self._values))
 
 
 def tensor_norms(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -24,10 +58,11 @@ def transfer(scalars: Sequence[Tensor]) -> list[float]:
     """Bring 0-d tensors to the host in one transfer a device."""
     if not scalars:
         return []
-    device = scalars[0].device
-    if all(entry.dtype == torch.float32 and entry.device == device for entry in scalars):  # nine in ten
+    try:
         return torch.stack(list(scalars)).tolist()
-    return torch.stack([entry.to(device=device, dtype=torch.float64) for entry in scalars]).tolist()
+    except RuntimeError:  # several devices
+        device = scalars[0].device
+        return torch.stack([entry.to(device=device, dtype=torch.float64) for entry in scalars]).tolist()
 
 
 def combine(norms: Iterable[float]) -> float:
@@ -35,9 +70,14 @@ def combine(norms: Iterable[float]) -> float:
     return math.hypot(*norms)
 
 
+def ordinary(tensor: Tensor) -> bool:
+    """Whether kernels take the tensor as it is: no subclass, dense, real, of an ordinary floating dtype."""
+    return type(tensor) in _ORDINARY and is_plain(tensor)
+
+
 def _readable(tensor: Tensor) -> Tensor:
     """The tensor itself where the kernel takes it; its stored values otherwise, nothing where there are none."""
-    if type(tensor) in (Tensor, torch.nn.Parameter) and is_plain(tensor):
+    if ordinary(tensor):
         return tensor.detach()
     plain = values(tensor)
     return torch.empty(0) if plain is None else plain

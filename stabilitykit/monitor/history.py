@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stabilitykit.config import CADENCES
 from stabilitykit.snapshot import Moment, Snapshot, TrainingState, clone_tree, tensors_of
-from stabilitykit.watch.sentinel import Reading
+from stabilitykit.watch.reading import Reading
 
 Step = Callable[..., Any]
 SHORTEST = (
@@ -22,22 +23,30 @@ SHORTEST = (
 
 @dataclass
 class PastStep:
-    """A step since the last snapshot: what it began with, and what it gave.  The batch is held by reference."""
+    """A step since the last snapshot: what it began with, and what it gave.  The batch is held by reference.
+
+    Attributes:
+        tensors: of the batch; their versions when the step began are in `versions`.
+        copied: the batch is our copy, which nobody else writes into.
+    """
 
     index: int
     moment: Moment
     args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    batch_versions: tuple[int, ...]
+    kwargs: dict[str, Any]
+    tensors: Sequence[Tensor]
+    versions: Sequence[int]
+    copied: bool
     reading: Reading | None = None
-    seconds: float = 0.0
-    num_bytes: int = 0
 
-    copied: bool = False
+    @property
+    def num_bytes(self) -> int:
+        """Memory held by the batch."""
+        return sum(tensor.nbytes for tensor in self.tensors if tensor.layout == torch.strided)
 
     def batch_untouched(self) -> bool:
-        """Whether the batch is still what the step was given: nobody has written into it, or it is our copy."""
-        return self.copied or self.batch_versions == _versions(self.args, self.kwargs)
+        """Whether the batch is still what the step was given: nobody has written into it."""
+        return self.copied or self.versions == _versions(self.tensors)
 
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments for a re-run, which may write into them as well."""
@@ -72,6 +81,7 @@ class History:
         self._next_good: tuple[int, Snapshot] | None = None
         self._fingerprint: tuple[int, ...] = ()
         self._copy_batches = False
+        self._held_bytes = 0  # by the batches since the last snapshot
         self._snapshot_seconds = 0.0
         self._step_seconds = 0.0
 
@@ -85,23 +95,24 @@ class History:
         wanted = self._snapshot_seconds / max(self._budget * self._step_seconds, 1e-9)
         return next((cadence for cadence in CADENCES if cadence >= max(wanted, SHORTEST)), CADENCES[-1])
 
-    def begin(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, touched: bool = False) -> None:
+    def begin(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], *, touched: bool = False) -> None:
         """A step is about to run; `touched`: the caller knows of a change of state since the last one."""
         if touched or self._snapshot_due():
             started = time.perf_counter()
-            snapshot = self._state.capture()
+            snapshot = self._state.capture(self._spare())
             self._snapshot_seconds = _smooth(self._snapshot_seconds, time.perf_counter() - started)
             self._keep_good(index, snapshot)
             self._segments.append(Segment(snapshot))
+            self._held_bytes = 0
             moment = snapshot.moment
         else:
             moment = self._state.moment()
-        held = sum(tensor.nbytes for _, tensor in tensors_of((args, dict(kwargs))) if tensor.layout == torch.strided)
         if self._copy_batches:
-            args, kwargs = clone_tree((args, dict(kwargs)))
-        self._current.steps.append(
-            PastStep(index, moment, args, kwargs, _versions(args, kwargs), num_bytes=held, copied=self._copy_batches)
-        )
+            args, kwargs = clone_tree((args, kwargs))
+        tensors = [tensor for _, tensor in tensors_of((args, kwargs))]
+        past = PastStep(index, moment, args, kwargs, tensors, _versions(tensors), self._copy_batches)
+        self._held_bytes += past.num_bytes
+        self._current.steps.append(past)
 
     def end(self, reading: Reading, seconds: float) -> None:
         """The step is over and was good."""
@@ -130,16 +141,21 @@ class History:
         exact = True
         current = self._current.steps[-1]
         while self._segments:
-            segment = self._segments.popleft()
-            self._state.restore(segment.snapshot)
+            steps = self._restore_oldest()
             exact = True  # what came before a snapshot does not matter after it
-            for past in segment.steps:
+            for past in steps:
                 self._state.restore_moment(past.moment)
                 if past is not current:
                     again = rerun(past)
                     same = past.reading is not None and past.reading.same_step(again)
                     exact = exact and same and past.batch_untouched()
         return exact and current.batch_untouched()
+
+    def _restore_oldest(self) -> Sequence[PastStep]:
+        """Put the oldest snapshot back and let go of it; the steps that began after it."""
+        segment = self._segments.popleft()
+        self._state.restore(segment.snapshot)
+        return segment.steps
 
     def roll_back(self) -> int | None:
         """Restore the last good state, at least `rollback_steps` old where there is one; the step it began, or None."""
@@ -160,9 +176,16 @@ class History:
     def _snapshot_due(self) -> bool:
         if not self._segments or len(self._current.steps) >= self.interval:
             return True
-        if 2 * sum(step.num_bytes for step in self._current.steps) > self._max_bytes:
+        if 2 * self._held_bytes > self._max_bytes:
             return True
         return self._state.fingerprint() != self._fingerprint
+
+    def _spare(self) -> Snapshot | None:
+        """The snapshot that makes room for the next, unless it may yet be rolled back to."""
+        if len(self._segments) < 2:
+            return None
+        oldest = self._segments.popleft().snapshot
+        return None if any(kept and kept[1] is oldest for kept in (self._good, self._next_good)) else oldest
 
     def _keep_good(self, index: int, snapshot: Snapshot) -> None:
         if not self._rollback_steps:
@@ -173,8 +196,8 @@ class History:
             self._good, self._next_good = self._next_good, (index, snapshot)
 
 
-def _versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-    return tuple(0 if tensor.is_inference() else tensor._version for _, tensor in tensors_of((args, dict(kwargs))))
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _smooth(before: float, now: float) -> float:

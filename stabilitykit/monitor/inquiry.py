@@ -18,7 +18,7 @@ from stabilitykit.measure.values import is_finite
 from stabilitykit.monitor.history import History, PastStep, Step
 from stabilitykit.schema import Diagnosis, RunUpStep
 from stabilitykit.snapshot import Snapshot, TrainingState, tensors_of
-from stabilitykit.watch.sentinel import Reading
+from stabilitykit.watch.reading import Reading
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Inquiry:
         constants: copies of the module buffers that were non-finite when the monitor was attached.
         read: judges a re-run, given the step's number and what it returned.
         begin: tells the watch that a step is about to be run again.
+        late_writes: parameters that someone wrote to before the current step, unnoticed, as the step has used them.
     """
 
     state: TrainingState
@@ -79,6 +80,7 @@ class Inquiry:
     constants: Mapping[str, Tensor]
     begin: Callable[[], None]
     read: Callable[[int, Any], Reading]
+    late_writes: Callable[[], Mapping[str, Tensor]]
 
     def hold(self, ran: Ran, facts: Callable[[], Mapping[str, Any]], *, unused: bool = False) -> Outcome:
         """Look into the step that has just run.  The state is left anywhere: the caller restores one of the two.
@@ -92,7 +94,7 @@ class Inquiry:
         current = self.history.recent()[-1]
         after = self.state.capture()
         try:
-            exact = self.history.rewind(lambda past: self._rerun(ran.function, past))
+            exact = self._rewind(ran)
             before = self.state.capture()
             self.begin()
             args, kwargs = current.inputs()
@@ -119,10 +121,19 @@ class Inquiry:
         """Go back to the start of the step that has just run, without a trace."""
         after = self.state.capture()
         try:
-            self.history.rewind(lambda past: self._rerun(ran.function, past))
+            self._rewind(ran)
         except Exception as error:  # noqa: BLE001 - see `hold`
             return Outcome(None, after, after, error)
         return Outcome(None, self.state.capture(), after)
+
+    def _rewind(self, ran: Ran) -> bool:
+        """Put the state where the step began; whether all on the way was as it had been."""
+        written = self.late_writes()
+        exact = self.history.rewind(lambda past: self._rerun(ran.function, past))
+        with torch.no_grad():
+            for name, held in written.items():
+                self.subject.parameters[name].copy_(held)
+        return exact
 
     def _rerun(self, step: Step, past: PastStep) -> Reading:
         self.begin()

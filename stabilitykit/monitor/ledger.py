@@ -17,13 +17,14 @@ import numpy as np
 from torch import Tensor, nn
 
 from stabilitykit.config import CADENCES, MonitorConfig
+from stabilitykit.monitor.cadence import Cadence
 from stabilitykit.monitor.runfile import RunFile
 from stabilitykit.record import Recorder
 from stabilitykit.record.ending import write_ending
 from stabilitykit.record.folder import replace_file
 from stabilitykit.schema import SCALAR_ROW, STEP_ROW, Diagnosis, Ending, Event
 from stabilitykit.watch.buffer import full_audit
-from stabilitykit.watch.sentinel import Reading
+from stabilitykit.watch.reading import Reading
 
 Rows = np.ndarray[Any, np.dtype[np.void]]
 
@@ -53,7 +54,7 @@ class Ledger:
         self._pid = os.getpid()
         self._last_step = -1
         self._num_own_errors = 0
-        self._seconds = _Costs()
+        self._cadence = Cadence(config.cadence, config.budget)
         self._known_findings: set[tuple[str, str]] = set()
 
     # During a step.
@@ -61,18 +62,16 @@ class Ledger:
     def begin_step(self, step: int) -> bool:
         """A step starts; whether its tensors are to be recorded."""
         self.samples = None
-        self._seconds.begin()
-        self._seconds.recording = step % self.cadence == 0
-        return self._seconds.recording
+        return self._cadence.begin(step)
 
     @property
     def cadence(self) -> int:
-        """Tensors are recorded every so many steps: the one asked for, or the densest within the budget."""
-        return self._config.cadence or self._seconds.cadence(self._config.budget)
+        """Tensors are recorded every so many steps."""
+        return self._cadence.every
 
     def cost(self, seconds: float) -> None:
         """Watching this step has taken so much more."""
-        self._seconds.add(seconds)
+        self._cadence.spent += seconds
 
     def log(self, *, task: int | None, epoch: int | None, scalars: Mapping[str, float | Tensor]) -> None:
         """Numbers of the caller's, written with the next step row."""
@@ -139,7 +138,7 @@ class Ledger:
             loss_scale,
             skipped,
             self.cadence,
-            self._seconds.current,
+            self._cadence.spent,
         )
         scalars = self._scalar_rows(reading, learning_rates)
         events, self._events = self._events, []
@@ -147,7 +146,7 @@ class Ledger:
         if rows is not None:
             self._recorded.append(step)
         self.recorder.write(step, steps=row, tensors=rows, scalars=scalars, buffer=buffer, events=events)
-        self._seconds.end(seconds)
+        self._cadence.end(seconds, next(iter(reading.losses.values()), math.nan), reading.grad_norm)
 
     def fault(self, step: int, diagnosis: Diagnosis, number: int) -> None:
         """Write `diagnosis.json` (later ones are numbered) and an event, before anything is raised."""
@@ -233,39 +232,6 @@ class Ledger:
                     Event(kind="buffer", severity="warning", subject=finding.field, message=finding.message, data=data)
                 )
         return audit.row
-
-
-class _Costs:
-    """What watching takes, and the cadence that keeps recording within its budget."""
-
-    def __init__(self) -> None:
-        self.recording = False
-        self.current = 0.0
-        self._plain = 0.0  # seconds of a step that is not recorded
-        self._recorded = 0.0
-        self._ended = 0
-
-    def begin(self) -> None:
-        self.current = 0.0
-
-    def add(self, seconds: float) -> None:
-        self.current += seconds
-
-    def end(self, seconds: float) -> None:
-        """A step is over: `seconds` is the user's function with our hooks in it."""
-        self._ended += 1
-        total = seconds + self.current
-        if self.recording:
-            self._recorded = total if not self._recorded else 0.8 * self._recorded + 0.2 * total
-        else:
-            self._plain = total if not self._plain else 0.9 * self._plain + 0.1 * total
-
-    def cadence(self, budget: float) -> int:
-        if not self._plain or not self._recorded:
-            return 1 if self._ended == 0 else 2  # the second step is left out, to know what one costs without
-        extra = max(self._recorded - self._plain, 0.0)
-        wanted = extra / max(budget * self._plain, 1e-9)
-        return next((cadence for cadence in CADENCES if cadence >= wanted), CADENCES[-1])
 
 
 def _stamped(event: Event) -> Event:

@@ -34,7 +34,7 @@ from stabilitykit.schema import Diagnosis, Event, RunUpStep
 from stabilitykit.snapshot import RandomStates, TrainingState
 from stabilitykit.watch.buffer import bad_slots
 from stabilitykit.watch.parameters import named_parameters, outline
-from stabilitykit.watch.sentinel import Reading
+from stabilitykit.watch.reading import Reading
 from stabilitykit.watch.watch import Watch
 
 P = ParamSpec("P")
@@ -263,21 +263,23 @@ class Monitor:
         return True
 
     def _read(self, returned: Any) -> Reading:
+        started = time.perf_counter()
         try:
             return self._watch.read(returned, self._losses)
         except Exception as error:  # noqa: BLE001 - a measurement of ours
             self._ledger.own_error(error)
             return Reading(losses={}, stepped=True)
+        finally:
+            self._ledger.cost(time.perf_counter() - started)
 
     def _finish(self, reading: Reading, seconds: float | None = None, *, skipped: bool = False) -> None:
         """Write the step's rows and go on to the next number."""
-        started = time.perf_counter()
+        seconds = time.perf_counter() - self._started if seconds is None else seconds
         try:
-            self._record(reading, started - self._started if seconds is None else seconds, skipped=skipped)
+            self._record(reading, seconds, skipped=skipped)
         except Exception as error:  # noqa: BLE001 - a measurement of ours: the step is counted, its rows are lost
             self._ledger.own_error(error)
         self._aftermath.tend(self._ledger.recorder.num_sealed)
-        self._ledger.cost(time.perf_counter() - started)
         if not skipped:
             self._num_consecutive = 0
         if not reading.bad_gradients:
@@ -285,10 +287,12 @@ class Monitor:
         self._step_index += 1
 
     def _record(self, reading: Reading, seconds: float, *, skipped: bool) -> None:
+        started = time.perf_counter()
         update = self._watch.update_norm(max(reading.num_backwards - 1, 0))
         rows = self._watch.take_rows()
         largest = self._watch.largest if rows is not None else ("", math.nan)
         self._run_up.append(run_up_step(self._step_index, reading, largest))
+        self._ledger.cost(time.perf_counter() - started)
         self._ledger.end_step(
             self._step_index,
             reading,
@@ -357,6 +361,7 @@ class Monitor:
                 constants=self._constants,
                 begin=self._begin_again,
                 read=partial(self._read_again, rows),
+                late_writes=self._watch.late_writes,
             )
         finally:
             self.replaying = False

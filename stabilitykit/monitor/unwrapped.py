@@ -8,7 +8,7 @@ from torch import nn
 
 from stabilitykit.diagnose.hooks import Passed, Symptoms
 from stabilitykit.schema import Diagnosis
-from stabilitykit.watch.sentinel import Reading
+from stabilitykit.watch.reading import Reading
 from stabilitykit.watch.watch import Watch
 
 Stored = tuple[str, tuple[int, ...]]

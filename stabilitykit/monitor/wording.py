@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from stabilitykit.schema import Diagnosis, Event
-from stabilitykit.watch.sentinel import Reading
+from stabilitykit.watch.reading import Reading
 
 
 def message(diagnosis: Diagnosis, report: str) -> str:

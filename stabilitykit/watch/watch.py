@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C import _len_torch_dispatch_stack, _set_grad_enabled
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from stabilitykit.config import MonitorConfig
 from stabilitykit.errors import NonFiniteError
@@ -18,8 +19,9 @@ from stabilitykit.measure.values import is_finite
 from stabilitykit.snapshot import tensors_of
 from stabilitykit.watch.modules import ModuleWatch
 from stabilitykit.watch.parameters import ParameterWatch
+from stabilitykit.watch.reading import Reading
 from stabilitykit.watch.rows import Names, RowCollector
-from stabilitykit.watch.sentinel import Reading, Sentinel
+from stabilitykit.watch.sentinel import Sentinel
 
 
 class Watch:
@@ -70,6 +72,8 @@ class Watch:
     def begin(self, *, recording: bool, trailing: bool) -> None:
         """A step starts; see `ModuleWatch.begin`."""
         self._sentinel.begin()
+        if recording:
+            self._sentinel.refresh()
         self._modules.begin(recording=recording, trailing=trailing)
         self._tensors.begin()
 
@@ -88,6 +92,10 @@ class Watch:
     def touched(self) -> bool:
         """Whether parameters were written to since the last step."""
         return self._sentinel.touched()
+
+    def late_writes(self) -> Mapping[str, Tensor]:
+        """See `Sentinel.late_writes`."""
+        return self._sentinel.late_writes()
 
     def acquit(self, reading: Reading, returned: Any) -> None:
         """What looked bad does no harm (a metric of 0 / 0): do not look into it again."""
@@ -130,24 +138,27 @@ class Watch:
 
     def _unseen(self, measure: Callable[[], None]) -> None:
         """Run a measurement: not traced, never raising into training, but for a verdict."""
+        recording = torch.is_grad_enabled()
+        _set_grad_enabled(False)  # torch.no_grad makes ten calls of it
         try:
-            if not _get_current_dispatch_mode_stack():
-                with torch.no_grad():
-                    return measure()
-            with torch.no_grad(), _disable_current_modes():  # a tracer does not see what the observers do
+            if not _len_torch_dispatch_stack():
+                return measure()
+            with _disable_current_modes():  # a tracer does not see what the observers do
                 measure()
         except NonFiniteError:
             raise
         except Exception as error:  # noqa: BLE001 - counted, said once, shown in the report
             self._on_error(error)
+        finally:
+            _set_grad_enabled(recording)
 
     def _backward_ended(self) -> None:
         if self._modules.recording:
-            self._tensors.backward_ended(self._sentinel.num_backwards - 1)
+            self._tensors.backward_ended(self._sentinel.gradients.num_backwards - 1)
 
     def _update_begins(self, optimizer: Optimizer) -> None:
         if self._modules.recording:
-            self._tensors.optimizer_starts(self._sentinel.num_backwards - 1)
+            self._tensors.optimizer_starts(self._sentinel.gradients.num_backwards - 1)
         self._on_update(optimizer)
 
 

@@ -19,7 +19,9 @@ MEASUREMENTS = {
     "a row's statistics": "stabilitykit.watch.rows.measure",
     "the rows of a step": "stabilitykit.watch.rows._row",
     "the norms of a trail": "stabilitykit.watch.modules.tensor_norms",
-    "the sentinel's norms": "stabilitykit.watch.sentinel.tensor_norms",
+    "the norms of gradients": "stabilitykit.watch.gradients.GradientTracker._norms",
+    "the norms of module buffers": "stabilitykit.watch.module_buffers.tensor_norms",
+    "the norms before a step": "stabilitykit.watch.writes.ParameterNorms._measure",
     "the sentinel's transfer": "stabilitykit.watch.sentinel.transfer",
     "the norm of an update": "stabilitykit.watch.parameters.tensor_norms",
     "the buffer's audit": "stabilitykit.monitor.ledger.full_audit",
@@ -29,6 +31,7 @@ MEASUREMENTS = {
 }
 ONLY = {  # a trail is kept for want of a replay, a state for the sake of one
     "the norms of a trail": "blocks",
+    "the norms before a step": "replayable",
     "a snapshot": "replayable",
     "a step's random state": "replayable",
     "a step's fingerprint": "replayable",

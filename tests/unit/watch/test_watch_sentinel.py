@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stabilitykit.watch.sentinel import Reading
+from stabilitykit.watch.reading import Reading
 
 
 class Quadratic(nn.Module):

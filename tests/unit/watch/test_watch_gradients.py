@@ -1,0 +1,115 @@
+"""Gradient norms: large ones are read while they are in the cache, and again if they changed before backward's end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stabilitykit.watch.gradients import LARGE, GradientTracker
+
+
+def tracked(parameters: dict[str, nn.Parameter]) -> GradientTracker:
+    def unseen(measure):
+        with torch.no_grad():
+            measure()
+
+    return GradientTracker(parameters, unseen, lambda: None)
+
+
+def halve(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.mul_(0.5)
+
+
+@pytest.fixture
+def parameters() -> dict[str, nn.Parameter]:
+    torch.manual_seed(0)
+    return {"large": nn.Parameter(torch.randn(LARGE)), "small": nn.Parameter(torch.randn(3))}
+
+
+def norm_of(tensor: Tensor | None) -> float:
+    assert tensor is not None
+    return torch.linalg.vector_norm(tensor).item()
+
+
+def expected(parameters: dict[str, nn.Parameter]) -> dict[str, float]:
+    return {name: norm_of(entry.grad) for name, entry in parameters.items()}
+
+
+def test_large_and_small_gradients_keep_their_names(parameters) -> None:
+    tracker = tracked(parameters)
+
+    sum((entry.square().sum() for entry in parameters.values()), torch.zeros(())).backward()
+
+    assert tracker.before.read() == expected(parameters)
+
+
+def test_gradients_that_accumulate_over_two_backwards_are_measured_whole(parameters) -> None:
+    tracker = tracked(parameters)
+
+    for _ in range(2):
+        sum((entry.square().sum() for entry in parameters.values()), torch.zeros(())).backward()
+
+    assert tracker.num_backwards == 2
+    assert tracker.before.read() == expected(parameters)
+
+
+def test_a_gradient_that_another_hook_changes_is_measured_as_backward_leaves_it(parameters) -> None:
+    tracker = tracked(parameters)
+    parameters["large"].register_post_accumulate_grad_hook(halve)
+
+    parameters["large"].square().sum().backward()
+
+    assert tracker.before.read() == {"large": norm_of(parameters["large"].grad)}
+
+
+def test_a_gradient_that_a_hook_takes_away_is_left_out(parameters) -> None:
+    tracker = tracked(parameters)
+    parameters["large"].register_post_accumulate_grad_hook(lambda entry: setattr(entry, "grad", None))
+
+    (parameters["large"].sum() + parameters["small"].sum()).backward()
+
+    assert list(tracker.before.read()) == ["small"]
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+def test_gradients_with_a_graph_of_their_own_leave_no_graph_behind(parameters) -> None:
+    tracker = tracked(parameters)
+
+    parameters["large"].square().sum().backward(create_graph=True)
+
+    assert tracker.before.read() == {"large": norm_of(parameters["large"].grad)}
+    parameters["large"].grad = None
+
+
+def test_clipping_is_seen_when_the_optimizer_starts(parameters) -> None:
+    tracker = tracked(parameters)
+    sum((entry.square().sum() for entry in parameters.values()), torch.zeros(())).backward()
+    before = tracker.before.read()
+
+    nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+    tracker.update_begins()
+
+    assert tracker.changed
+    assert tracker.before.read() == before
+    assert tracker.clipped.read() == expected(parameters)
+
+
+def test_untouched_gradients_are_not_measured_twice(parameters) -> None:
+    tracker = tracked(parameters)
+    parameters["large"].square().sum().backward()
+
+    tracker.update_begins()
+
+    assert not tracker.changed
+    assert not tracker.clipped.read()
+
+
+def test_closing_takes_the_hooks_off(parameters) -> None:
+    tracker = tracked(parameters)
+
+    tracker.close()
+    parameters["large"].sum().backward()
+
+    assert tracker.num_backwards == 0
