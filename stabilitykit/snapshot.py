@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import random
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -106,7 +107,7 @@ class Snapshot:
     moment: Moment
     tensors: tuple[tuple[Tensor, Tensor], ...]  # live parameter or module buffer, its copy
     buffers: tuple[tuple[nn.Module, str, Tensor], ...]  # which tensor each module's buffer was: code may assign anew
-    gradients: tuple[tuple[Tensor, Tensor | None, Tensor | None], ...]  # parameter, live gradient, its copy
+    gradients: tuple[tuple[Tensor, weakref.ref[Tensor] | None, Tensor | None], ...]  # parameter, its gradient, the copy
     optimizer_states: tuple[dict[Tensor, Any], ...]
     modes: tuple[tuple[nn.Module, bool], ...]
     extras: tuple[Any, ...]
@@ -176,7 +177,9 @@ class TrainingState:
                 for name, entry in owner._buffers.items()
                 if entry is not None
             ),
-            gradients=tuple((entry, entry.grad, _merge(gradients.get(entry), entry.grad)) for entry in parameters),
+            gradients=tuple(
+                (entry, _reference(entry.grad), _merge(gradients.get(entry), entry.grad)) for entry in parameters
+            ),
             optimizer_states=tuple(
                 {key: _merge(held.get(key), value) for key, value in optimizer.state.items()}
                 for optimizer, held in zip(self.optimizers, states, strict=True)
@@ -192,8 +195,9 @@ class TrainingState:
         with torch.no_grad():
             for live, held in snapshot.tensors:
                 live.copy_(held)
-            for parameter, gradient, copied in snapshot.gradients:
-                parameter.grad = None if gradient is None or copied is None else _refill(gradient, copied)
+            for parameter, reference, copied in snapshot.gradients:
+                gradient = None if reference is None else reference()
+                parameter.grad = _refill(gradient, copied)
         for optimizer, states in zip(self.optimizers, snapshot.optimizer_states, strict=True):
             _restore_optimizer(optimizer, states)
         for module, training in snapshot.modes:
@@ -299,8 +303,15 @@ def _hyperparameters(optimizer: Optimizer) -> tuple[dict[str, Any], ...]:
     )
 
 
-def _refill(gradient: Tensor, held: Tensor) -> Tensor:
-    """The live gradient with its old content; a new tensor where the shape or layout has changed since."""
+def _reference(gradient: Tensor | None) -> weakref.ref[Tensor] | None:
+    """Which tensor it was, to put its content back in place; without keeping it once the step has let go of it."""
+    return None if gradient is None else weakref.ref(gradient)
+
+
+def _refill(gradient: Tensor | None, held: Tensor | None) -> Tensor | None:
+    """The live gradient with its old content; a new tensor where it is gone, or its shape or layout has changed."""
+    if gradient is None or held is None:
+        return None if held is None else held.clone()
     if gradient.shape != held.shape or gradient.layout != held.layout or gradient.layout != torch.strided:
         return held.clone()
     return gradient.detach_().copy_(held) if gradient.grad_fn is not None else gradient.copy_(held)

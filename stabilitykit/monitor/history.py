@@ -76,12 +76,13 @@ class History:
         self._state = state
         self._every, self._budget, self._max_bytes = every, budget, max_bytes
         self._rollback_steps = rollback_steps  # 0: nobody will roll back, so no older state is kept
-        self._segments: deque[Segment] = deque(maxlen=2)  # the earlier one is re-run as well, for its record
+        self._segments: deque[Segment] = deque()  # an earlier one is re-run as well, for its record
         self._good: tuple[int, Snapshot] | None = None  # what `rollback` goes back to
         self._next_good: tuple[int, Snapshot] | None = None
         self._fingerprint: tuple[int, ...] = ()
         self._copy_batches = False
         self._held_bytes = 0  # by the batches since the last snapshot
+        self._snapshot_bytes = 0
         self._snapshot_seconds = 0.0
         self._step_seconds = 0.0
 
@@ -101,6 +102,7 @@ class History:
             started = time.perf_counter()
             snapshot = self._state.capture(self._spare())
             self._snapshot_seconds = _smooth(self._snapshot_seconds, time.perf_counter() - started)
+            self._snapshot_bytes = snapshot.num_bytes
             self._keep_good(index, snapshot)
             self._segments.append(Segment(snapshot))
             self._held_bytes = 0
@@ -181,11 +183,15 @@ class History:
         return self._state.fingerprint() != self._fingerprint
 
     def _spare(self) -> Snapshot | None:
-        """The snapshot that makes room for the next, unless it may yet be rolled back to."""
-        if len(self._segments) < 2:
-            return None
-        oldest = self._segments.popleft().snapshot
-        return None if any(kept and kept[1] is oldest for kept in (self._good, self._next_good)) else oldest
+        """The snapshot that makes room for the next, unless it may yet be rolled back to.
+
+        Two are kept where they are small, so that there is a run-up to show whenever a step goes bad.
+        """
+        most = 1 if 2 * self._snapshot_bytes <= self._max_bytes else 0
+        spare = None
+        while len(self._segments) > most:
+            spare = self._segments.popleft().snapshot
+        return None if any(kept and kept[1] is spare for kept in (self._good, self._next_good)) else spare
 
     def _keep_good(self, index: int, snapshot: Snapshot) -> None:
         if not self._rollback_steps:

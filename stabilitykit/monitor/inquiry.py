@@ -50,7 +50,7 @@ class Outcome:
 
     Attributes:
         diagnosis: None where the suspicion was unfounded: nothing bad reaches loss, gradients or parameters.
-        before: the state at the start of the step.
+        before: the state at the start of the step; `after` where nobody will go back to it.
         after: the state as the first run of the step left it.
         failure: why the step could not be run again; `before` is then `after`.
         same: whether the second run gave bit for bit what the first had.
@@ -71,6 +71,7 @@ class Inquiry:
         constants: copies of the module buffers that were non-finite when the monitor was attached.
         read: judges a re-run, given the step's number and what it returned.
         begin: tells the watch that a step is about to be run again.
+        goes_back: whether the state before the step will be wanted.
         late_writes: parameters that someone wrote to before the current step, unnoticed, as the step has used them.
     """
 
@@ -81,6 +82,7 @@ class Inquiry:
     begin: Callable[[], None]
     read: Callable[[int, Any], Reading]
     late_writes: Callable[[], Mapping[str, Tensor]]
+    goes_back: bool
 
     def hold(self, ran: Ran, facts: Callable[[], Mapping[str, Any]], *, unused: bool = False) -> Outcome:
         """Look into the step that has just run.  The state is left anywhere: the caller restores one of the two.
@@ -95,7 +97,7 @@ class Inquiry:
         after = self.state.capture()
         try:
             exact = self._rewind(ran)
-            before = self.state.capture()
+            before = self.state.capture() if self.goes_back else after
             self.begin()
             args, kwargs = current.inputs()
             retraced = retrace(self.subject, ran.function, args, kwargs, unused_gradients=unused)

@@ -362,9 +362,11 @@ class Monitor:
                 begin=self._begin_again,
                 read=partial(self._read_again, rows),
                 late_writes=self._watch.late_writes,
+                goes_back=self._policy != "record",
             )
         finally:
             self.replaying = False
+            self._watch.forget()
             self._ledger.keep_dense(self._step_index, rows)
 
     def _begin_again(self) -> None:

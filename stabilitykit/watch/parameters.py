@@ -52,20 +52,27 @@ class ParameterWatch:
 
     def step_ended(self, micro: int) -> float:
         """Measure parameters, updates, optimizer state and module buffers; the L2 norm of the whole update."""
-        updates = {
-            name: self._parameters[name].detach() - before
-            for name, before in self._before.items()
-            if before.is_floating_point() and before.layout == self._parameters[name].layout
-        }
         if self._config.parameters:
             self._add("parameter", "optimizer", self._parameters, "parameter", micro)
-            self._add("update", "optimizer", updates, "parameter", micro)
+        norm = self._updates(micro)
         if self._config.optimizer_state:
             self._add("optimizer_state", "optimizer", self._optimizer_state(), "optimizer_state", micro)
         if self._config.module_buffers:
             buffers = {name: entry for name, entry in self._model.named_buffers() if entry.is_floating_point()}
             self._add("module_buffer", "state", buffers, "module_buffer", micro)
-        return combine(transfer(tensor_norms(updates.values()))) if updates else math.nan
+        return norm
+
+    def _updates(self, micro: int) -> float:
+        """Measure what the optimizers added, one parameter after another: all of it would be a copy of the model."""
+        norms: list[Tensor] = []
+        for name in list(self._before):
+            before, after = self._before.pop(name), self._parameters[name].detach()
+            if before.is_floating_point() and before.layout == after.layout:
+                update = after - before
+                norms += tensor_norms([update])
+                if self._config.parameters:
+                    self._add("update", "optimizer", {name: update}, "parameter", micro)
+        return combine(transfer(norms)) if norms else math.nan
 
     def _gradients(self, role: Role, phase: Phase, micro: int) -> None:
         held = {name: entry.grad for name, entry in self._parameters.items() if entry.grad is not None}

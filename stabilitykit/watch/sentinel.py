@@ -98,6 +98,10 @@ class Sentinel:
         """Parameters written to since the last step, which `touched` had missed, as this step has used them."""
         return self._late if self._updating else self._norms.written()
 
+    def forget(self) -> None:
+        """The parameters are about to be put somewhere else, by us."""
+        self._norms.step_ended(())
+
     def refresh(self) -> None:
         """Look for module buffers that were registered since."""
         self._buffers.refresh()

@@ -79,6 +79,7 @@ class Watch:
 
     def begin_again(self) -> None:
         """A step is run again: judged as the first time, and recorded in full."""
+        self._sentinel.forget()
         self.begin(recording=True, trailing=False)
 
     def read(self, returned: Any, terms: Mapping[str, Tensor | float]) -> Reading:
@@ -97,6 +98,10 @@ class Watch:
         """See `Sentinel.late_writes`."""
         return self._sentinel.late_writes()
 
+    def forget(self) -> None:
+        """See `Sentinel.forget`."""
+        self._sentinel.forget()
+
     def acquit(self, reading: Reading, returned: Any) -> None:
         """What looked bad does no harm (a metric of 0 / 0): do not look into it again."""
         self._sentinel.accept(reading)
@@ -113,7 +118,8 @@ class Watch:
             return self._tensors.step_ended(micro)
 
     def take_rows(self) -> np.ndarray[Any, np.dtype[np.void]] | None:
-        """The rows measured since the last call."""
+        """The rows measured since the last call; the step's own are complete with it."""
+        self._tensors.begin()
         return self._rows.take()
 
     @property
