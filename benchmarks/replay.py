@@ -108,7 +108,7 @@ WORKLOADS: Mapping[str, Callable[[str], Workload]] = {"MLP": mlp, "Transformer":
 def watched(work: Workload, config: sk.MonitorConfig) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
     """The workload's step with a monitor on it."""
     with tempfile.TemporaryDirectory() as folder:
-        options = {"config": config, "on_nonfinite": "record"}
+        options = {"config": config, "on_nonfinite": "skip"}
         with sk.attach(work.model, work.optimizer, Path(folder) / "run", **options) as monitor:
             yield monitor.replayable(work.step)
 

@@ -72,7 +72,7 @@ def _label(subject: Subject, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     labels = Labels()
     for name, parameter in subject.parameters.items():
         labels.add("parameter", name, parameter)
-        if parameter.grad is not None:
+        if parameter.grad is not None and not is_finite(parameter.grad):  # a label keeps what the step lets go of
             labels.add("gradient", name, parameter.grad)
     for name, buffer in subject.model.named_buffers():
         labels.add("module_buffer", name, buffer)

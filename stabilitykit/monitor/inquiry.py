@@ -70,7 +70,7 @@ class Inquiry:
     Attributes:
         constants: copies of the module buffers that were non-finite when the monitor was attached.
         read: judges a re-run, given the step's number and what it returned.
-        begin: tells the watch that a step is about to be run again.
+        begin: tells the watch that a step is about to be run again, and from where if that is held anyway.
         goes_back: whether the state before the step will be wanted.
         late_writes: parameters that someone wrote to before the current step, unnoticed, as the step has used them.
     """
@@ -79,7 +79,7 @@ class Inquiry:
     history: History
     subject: Subject
     constants: Mapping[str, Tensor]
-    begin: Callable[[], None]
+    begin: Callable[[Snapshot | None], None]
     read: Callable[[int, Any], Reading]
     late_writes: Callable[[], Mapping[str, Tensor]]
     goes_back: bool
@@ -98,7 +98,7 @@ class Inquiry:
         try:
             exact = self._rewind(ran)
             before = self.state.capture() if self.goes_back else after
-            self.begin()
+            self.begin(before if self.goes_back else None)
             args, kwargs = current.inputs()
             retraced = retrace(self.subject, ran.function, args, kwargs, unused_gradients=unused)
             again = self.read(current.index, retraced.returned)
@@ -138,7 +138,7 @@ class Inquiry:
         return exact
 
     def _rerun(self, step: Step, past: PastStep) -> Reading:
-        self.begin()
+        self.begin(None)
         args, kwargs = past.inputs()
         returned = step(*args, **kwargs)
         return self.read(past.index, returned)

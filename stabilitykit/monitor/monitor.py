@@ -31,7 +31,7 @@ from stabilitykit.monitor.ledger import Ledger, Rows
 from stabilitykit.monitor.unwrapped import is_compiled, only_compiled, symptoms
 from stabilitykit.monitor.wording import later_fault, mended_gradients, message, rolled_back, unused_gradients
 from stabilitykit.schema import Diagnosis, Event, RunUpStep
-from stabilitykit.snapshot import RandomStates, TrainingState
+from stabilitykit.snapshot import RandomStates, Snapshot, TrainingState
 from stabilitykit.watch.buffer import bad_slots
 from stabilitykit.watch.parameters import named_parameters, outline
 from stabilitykit.watch.reading import Reading
@@ -369,9 +369,10 @@ class Monitor:
             self._watch.forget()
             self._ledger.keep_dense(self._step_index, rows)
 
-    def _begin_again(self) -> None:
+    def _begin_again(self, before: Snapshot | None) -> None:
         self._losses.clear()
-        self._watch.begin_again()
+        copies = {id(live): held for live, held in before.tensors} if before is not None else {}
+        self._watch.begin_again({n: copies[id(p)] for n, p in self._parameters.items() if id(p) in copies})
 
     def _read_again(self, rows: dict[int, Rows | None], index: int, returned: Any) -> Reading:
         reading = self._read(returned)

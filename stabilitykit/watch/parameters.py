@@ -31,9 +31,9 @@ class ParameterWatch:
         self._before: dict[str, Tensor] = {}
         self._measured: tuple[int, ...] = ()
 
-    def begin(self) -> None:
-        """A step starts."""
-        self._before = {}
+    def begin(self, before: Mapping[str, Tensor] | None = None) -> None:
+        """A step starts, or is over; `before`: copies of the parameters as it finds them, if someone holds them."""
+        self._before = dict(before or {})
         self._measured = ()
 
     def backward_ended(self, micro: int) -> None:

@@ -77,10 +77,11 @@ class Watch:
         self._modules.begin(recording=recording, trailing=trailing)
         self._tensors.begin()
 
-    def begin_again(self) -> None:
-        """A step is run again: judged as the first time, and recorded in full."""
+    def begin_again(self, before: Mapping[str, Tensor] | None = None) -> None:
+        """A step is run again: judged as the first time, and recorded in full; see `ParameterWatch.begin`."""
         self._sentinel.forget()
         self.begin(recording=True, trailing=False)
+        self._tensors.begin(before)
 
     def read(self, returned: Any, terms: Mapping[str, Tensor | float]) -> Reading:
         """Judge the step: what it returned, the loss terms that were logged, gradients, parameters, module buffers."""
