@@ -25,7 +25,7 @@ class Norms:
 
     def __init__(self, names: Sequence[str] = (), norms: Sequence[Tensor] = ()) -> None:
         self.names = names
-        on_host = all(norm.is_cpu for norm in norms)
+        on_host = {norm.device.type for norm in norms} <= {"cpu"}
         self.pending: Sequence[Tensor] = () if on_host else norms
         self._values: Sequence[float] = transfer(norms) if on_host else ()
 

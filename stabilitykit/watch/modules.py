@@ -105,13 +105,16 @@ class ModuleWatch:
 
 
 class _Hook:
-    """A forward hook that a deep copy or a pickle of the model leaves behind, inert."""
+    """A forward hook that a deep copy or a pickle of the model leaves behind, inert.
+
+    Inside a compiled region it is not there: it would cut the graph in two, and fused kernels round differently.
+    """
 
     def __init__(self, watch: ModuleWatch | None, name: str) -> None:
         self._watch, self._name = watch, name
 
     def __call__(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        if self._watch is not None and self._watch.active:
+        if self._watch is not None and not torch.compiler.is_compiling() and self._watch.active:
             self._watch.record(self._name, output)
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> _Hook:
@@ -128,7 +131,7 @@ class _InputHook:
         self._watch = watch
 
     def __call__(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._watch is not None and self._watch.active:
+        if self._watch is not None and not torch.compiler.is_compiling() and self._watch.active:
             self._watch.record_inputs((*args, *kwargs.values()))
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> _InputHook:

@@ -120,7 +120,8 @@ class Watch:
 
     def take_rows(self) -> np.ndarray[Any, np.dtype[np.void]] | None:
         """The rows measured since the last call; the step's own are complete with it."""
-        self._tensors.begin()
+        if not self._closed:
+            self._tensors.begin()  # it lets go of what the update was measured against
         return self._rows.take()
 
     @property

@@ -511,13 +511,6 @@ def number_of_graphs(workload: Workload) -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-HOOKS_BREAK_GRAPHS = pytest.mark.xfail(
-    strict=True,
-    reason="hooks inside a compiled region break its graph: they must do nothing under torch.compiler.is_compiling()",
-)
-
-
-@HOOKS_BREAK_GRAPHS
 def test_a_compiled_model_is_compiled_to_the_same_graphs(tmp_path: Path) -> None:
     expected = number_of_graphs(build(Compiled))
     workload = build(Compiled)
@@ -528,7 +521,6 @@ def test_a_compiled_model_is_compiled_to_the_same_graphs(tmp_path: Path) -> None
     assert found == expected
 
 
-@HOOKS_BREAK_GRAPHS
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler")
 def test_a_watched_run_of_kernels_that_inductor_fused_is_the_bare_run_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
