@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import stabilitykit as sk
-from stabilitykit.config import PRESETS
+from stabilitykit.config import PRESETS, MonitorConfig
 
 Batch = tuple[Tensor, Tensor]
 Step = Callable[[Batch], Tensor]
@@ -161,12 +161,19 @@ def bare(_runner: Runner) -> Iterator[None]:
     yield
 
 
-def preset(name: str) -> Callable[[Runner], Any]:
+NEVER = 10**9
+SENTINEL = PRESETS["light"].replace(
+    cadence=NEVER, snapshot_every=NEVER, history_bytes=1 << 60, audit_every=0, replays=0,
+    outputs=False, gradients=False, module_buffers=False,
+)  # fmt: skip
+
+
+def preset(config: MonitorConfig) -> Callable[[Runner], Any]:
     """Stabilitykit as a user attaches it, but for the child processes at the end."""
+    config = config.replace(report=False, compact=False)
 
     @contextmanager
     def watched(runner: Runner) -> Iterator[None]:
-        config = PRESETS[name].replace(report=False, compact=False)
         with tempfile.TemporaryDirectory() as folder:
             runner.monitor = sk.attach(runner.model, runner.optimizer, Path(folder) / "run", config=config)
             runner.step = runner.monitor.replayable(runner.plain_step)
@@ -213,9 +220,8 @@ def naive_hooks(runner: Runner) -> Iterator[None]:
 
 VARIANTS: dict[str, Callable[[Runner], Any]] = {
     "bare": bare,
-    "light": preset("light"),
-    "default": preset("default"),
-    "full": preset("full"),
+    "sentinel alone": preset(SENTINEL),
+    **{name: preset(PRESETS[name]) for name in ("light", "default", "full")},
     "anomaly mode": anomaly_mode,
     "DebugUnderflowOverflow": debug_underflow_overflow,
     "naive hooks": naive_hooks,

@@ -1,4 +1,4 @@
-"""What a diagnosis costs beside the step it explains, and the sentinel beside a healthy step.
+"""What a diagnosis costs beside the step it explains.
 
 python -m benchmarks.replay [--repeats 5]
 
@@ -30,12 +30,7 @@ from torch import Tensor, nn
 import stabilitykit as sk
 
 Q = {"report": False, "compact": False}
-NEVER = 10**9
-SENTINEL = sk.MonitorConfig(
-    **Q, cadence=NEVER, snapshot_every=NEVER, history_bytes=1 << 60, audit_every=0, replays=0, outputs=False,
-    output_gradients=False, parameters=False, gradients=False, module_buffers=False,
-)  # fmt: skip
-LIMITS = {"replay": 60.0, "memory": 3.0, "sentinel": 1.02}
+LIMITS = {"replay": 60.0, "memory": 3.0}
 
 
 @dataclass
@@ -135,17 +130,6 @@ def faulty_seconds(name: str, place: str, config: sk.MonitorConfig, healthy: int
         return seconds(lambda: step(work.batch, work.bad))
 
 
-def sentinel_ratio(name: str, rounds: int = 12) -> float:
-    """CPU time of a healthy step under the sentinel alone, over that of a bare one; blocks of five take turns."""
-    free, held = WORKLOADS[name]("forward"), WORKLOADS[name]("forward")
-    times: dict[str, list[float]] = {"bare": [], "watched": []}
-    with watched(held, SENTINEL) as step:
-        for _ in range(rounds):
-            times["bare"] += [seconds(lambda: free.step(free.batch, free.good)) for _ in range(5)]
-            times["watched"] += [seconds(lambda: step(held.batch, held.good)) for _ in range(5)]
-    return statistics.median(times["watched"][5:]) / statistics.median(times["bare"][5:])
-
-
 # Memory: in a child process.
 
 
@@ -200,7 +184,6 @@ def rows(repeats: int) -> Iterator[tuple[str, dict[str, float]]]:
     """One row a workload and place."""
     single, usual = sk.MonitorConfig(**Q, snapshot_every=1), sk.MonitorConfig(**Q)
     for name in WORKLOADS:
-        sentinel = sentinel_ratio(name)
         for place in ("forward", "backward"):
             bare = bare_seconds(WORKLOADS[name](place))
             alone = statistics.median(faulty_seconds(name, place, single, 0) for _ in range(repeats))
@@ -216,7 +199,6 @@ def rows(repeats: int) -> Iterator[tuple[str, dict[str, float]]]:
                     "watched": peaks["healthy"] / peaks["bare"],
                     "memory": peaks["diagnosed"] / peaks["bare"],
                     "with run-up ": more["diagnosed"] / more["bare"],
-                    "sentinel": sentinel,
                 },
             )
 
@@ -232,15 +214,11 @@ def main() -> int:
         print(json.dumps(measure_memory(*options.memory_of[:2], options.memory_of[2] == "run-up")))
         return 0
     broken = []
-    print("| workload, fault | step ms | replay | with run-up | step MB | watched | memory | with run-up | sentinel |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print("| workload, fault | step ms | replay | with run-up | step MB | watched | memory | with run-up |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, row in rows(options.repeats):
         print(f"| {name} | " + " | ".join(f"{value:.3g}" for value in row.values()) + " |", flush=True)
-        broken += [
-            f"{name}: {key} {row[key]:.3g} > {limit}"
-            for key, limit in LIMITS.items()
-            if row[key] > limit and not (key == "sentinel" and name.startswith("MLP"))
-        ]
+        broken += [f"{name}: {key} {row[key]:.3g} > {limit}" for key, limit in LIMITS.items() if row[key] > limit]
     print("times of the step's own CPU time and peak memory; limits:", LIMITS)
     print("\n".join(broken))
     return 1 if broken else 0

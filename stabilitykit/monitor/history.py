@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stabilitykit.config import CADENCES
+from stabilitykit.config import CADENCES, MonitorConfig
 from stabilitykit.snapshot import Moment, Snapshot, TrainingState, clone_tree, tensors_of
 from stabilitykit.watch.reading import Reading
 
@@ -70,12 +70,10 @@ class History:
     repeat that.
     """
 
-    def __init__(
-        self, state: TrainingState, *, every: int | None, budget: float, max_bytes: int, rollback_steps: int
-    ) -> None:
+    def __init__(self, state: TrainingState, config: MonitorConfig, *, keeps_good: bool = False) -> None:
         self._state = state
-        self._every, self._budget, self._max_bytes = every, budget, max_bytes
-        self._rollback_steps = rollback_steps  # 0: nobody will roll back, so no older state is kept
+        self._every, self._budget, self._max_bytes = config.snapshot_every, config.snapshot_budget, config.history_bytes
+        self._rollback_steps = config.rollback_steps if keeps_good else 0  # 0: nobody will roll back
         self._segments: deque[Segment] = deque()  # an earlier one is re-run as well, for its record
         self._good: tuple[int, Snapshot] | None = None  # what `rollback` goes back to
         self._next_good: tuple[int, Snapshot] | None = None

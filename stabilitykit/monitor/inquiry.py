@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from stabilitykit.diagnose.retrace import Subject, bad_numbers, batch_name, retr
 from stabilitykit.diagnose.walk import find_origin
 from stabilitykit.measure.values import is_finite
 from stabilitykit.monitor.history import History, PastStep, Step
-from stabilitykit.schema import Diagnosis, RunUpStep
+from stabilitykit.schema import Diagnosis
 from stabilitykit.snapshot import Snapshot, TrainingState, tensors_of
 from stabilitykit.watch.reading import Reading
 
@@ -183,15 +182,3 @@ class Inquiry:
             for parameter in group["params"]
             if id(parameter) in names
         }
-
-
-def run_up_step(index: int, reading: Reading, largest: tuple[str, float] = ("", math.nan)) -> RunUpStep:
-    """A step's line in the run-up; `largest` is known where its tensors were recorded."""
-    return RunUpStep(
-        step=index,
-        loss=next(iter(reading.losses.values()), math.nan),
-        grad_norm=reading.grad_norm,
-        parameter_norm=reading.parameter_norm,
-        absmax=largest[1],
-        absmax_tensor=largest[0],
-    )

@@ -7,7 +7,6 @@ import math
 import time
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,11 +25,12 @@ from stabilitykit.errors import NonFiniteError
 from stabilitykit.measure.values import is_finite
 from stabilitykit.monitor.aftermath import Aftermath
 from stabilitykit.monitor.history import History, Step
-from stabilitykit.monitor.inquiry import Inquiry, Outcome, Ran, run_up_step
+from stabilitykit.monitor.inquiry import Inquiry, Outcome, Ran
 from stabilitykit.monitor.ledger import Ledger, Rows
+from stabilitykit.monitor.run_up import RunUp
 from stabilitykit.monitor.unwrapped import is_compiled, only_compiled, symptoms
-from stabilitykit.monitor.wording import later_fault, mended_gradients, message, rolled_back, unused_gradients
-from stabilitykit.schema import Diagnosis, Event, RunUpStep
+from stabilitykit.monitor.wording import COMPILED, later_fault, mended_gradients, message, rolled_back, unused_gradients
+from stabilitykit.schema import Diagnosis, Event
 from stabilitykit.snapshot import RandomStates, Snapshot, TrainingState
 from stabilitykit.watch.buffer import bad_slots
 from stabilitykit.watch.parameters import named_parameters, outline
@@ -72,11 +72,11 @@ class Monitor:
         self._state = TrainingState(model, optimizers, extras)
         self._ledger = Ledger(run_dir.absolute(), model, config, replay_buffer)  # the script may change its directory
         self._aftermath = Aftermath(run_dir, config)
-        self._history = self._new_history()
+        self._history = History(self._state, config, keeps_good=on_nonfinite == "rollback")
         self._replay_buffer = replay_buffer
         self._watch_all()
         self._constants = {n: b.detach().clone() for n, b in model.named_buffers() if not is_finite(b)}
-        self._run_up: deque[RunUpStep] = deque(maxlen=config.run_up or None)
+        self._run_up = RunUp(config.run_up)
         self._diagnosis: Diagnosis | None = None
         self._step_index = config.first_step
         self._mode: Literal["plain", "block", "replayable"] = "plain"
@@ -86,6 +86,8 @@ class Monitor:
         self._pending: Diagnosis | None = None  # of gradients that no optimizer has used yet
         self._started = time.perf_counter()
         self._finalizer = weakref.finalize(self, _abandoned, self._ledger, self._aftermath)
+        if is_compiled(model):
+            self._ledger.event(COMPILED)
         self._begin_step()
 
     # What a training script calls.
@@ -291,7 +293,7 @@ class Monitor:
         update = self._watch.update_norm(max(reading.num_backwards - 1, 0))
         rows = self._watch.take_rows()
         largest = self._watch.largest if rows is not None else ("", math.nan)
-        self._run_up.append(run_up_step(self._step_index, reading, largest))
+        self._run_up.add(self._step_index, reading, largest)
         self._ledger.cost(time.perf_counter() - started)
         self._ledger.end_step(
             self._step_index,
@@ -378,9 +380,7 @@ class Monitor:
         reading = self._read(returned)
         self._watch.update_norm(max(reading.num_backwards - 1, 0))
         rows[index] = self._watch.take_rows()
-        for position, known in enumerate(self._run_up):
-            if known.step == index:
-                self._run_up[position] = run_up_step(index, reading, self._watch.largest)
+        self._run_up.describe_again(index, reading, self._watch.largest)
         return reading
 
     def _facts(self) -> Mapping[str, Any]:
@@ -388,7 +388,7 @@ class Monitor:
             "step": self._step_index,
             "task": self._ledger.task,
             "sample_ids": self._ledger.samples,
-            "run_up": tuple(self._run_up),
+            "run_up": self._run_up.steps(),
         }
 
     def _conclude(self, diagnosis: Diagnosis) -> None:
@@ -465,16 +465,6 @@ class Monitor:
             for parameter in self._parameters.values():
                 parameter.grad = None  # an optimizer passes over parameters without a gradient
         return reading
-
-    def _new_history(self) -> History:
-        config = self._config
-        return History(
-            self._state,
-            every=config.snapshot_every,
-            budget=config.snapshot_budget,
-            max_bytes=config.history_bytes,
-            rollback_steps=config.rollback_steps if self._policy == "rollback" else 0,
-        )
 
 
 def _abandoned(ledger: Ledger, aftermath: Aftermath) -> None:

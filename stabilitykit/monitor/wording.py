@@ -7,6 +7,15 @@ from collections.abc import Mapping
 from stabilitykit.schema import Diagnosis, Event
 from stabilitykit.watch.reading import Reading
 
+COMPILED = Event(
+    kind="compiled",
+    subject="modules",
+    message=(
+        "a module is compiled: no output is recorded of what lies inside, where hooks would cut the graph; gradients "
+        "and parameters are, and a fault is replayed eagerly"
+    ),
+)
+
 
 def message(diagnosis: Diagnosis, report: str) -> str:
     """The text of NonFiniteError: the verdict and what to do about it."""
