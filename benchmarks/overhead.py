@@ -137,6 +137,7 @@ class Runner:
         self.batches = cycle([workload.batch() for _ in range(4)])
         self.step: Step = self.plain_step
         self.monitor: sk.Monitor | None = None
+        self.settled: tuple[int, int] | None = None  # cadence, and steps between snapshots
         self.seconds: list[float] = []
 
     def plain_step(self, batch: Batch) -> Tensor:
@@ -178,6 +179,7 @@ def preset(config: MonitorConfig) -> Callable[[Runner], Any]:
             runner.monitor = sk.attach(runner.model, runner.optimizer, Path(folder) / "run", config=config)
             runner.step = runner.monitor.replayable(runner.plain_step)
             yield
+            runner.settled = (runner.monitor._ledger.cadence, runner.monitor._history.interval)  # noqa: SLF001
             runner.monitor.close()
 
     return watched
@@ -257,16 +259,9 @@ def print_table(workload: Workload, runners: dict[str, Runner]) -> None:
     for name, runner in runners.items():
         seconds = statistics.median(runner.seconds) / workload.steps
         median = statistics.median(mine / bare for mine, bare in zip(runner.seconds, base, strict=True))
-        settled = "" if runner.monitor is None else f"{_cadence(runner.monitor):>9}{_interval(runner.monitor):>16}"
-        print(f"{name:24}{1e3 * seconds:9.2f}{median:8.3f}{sum(runner.seconds) / sum(base):8.3f}{settled}")
-
-
-def _cadence(monitor: sk.Monitor) -> int:
-    return monitor._ledger.cadence  # noqa: SLF001 - a benchmark may look inside
-
-
-def _interval(monitor: sk.Monitor) -> int:
-    return monitor._history.interval  # noqa: SLF001
+        cadence, interval = ("" if entry in (None, NEVER) else str(entry) for entry in runner.settled or (None, None))
+        whole = sum(runner.seconds) / sum(base)
+        print(f"{name:24}{1e3 * seconds:9.2f}{median:8.3f}{whole:8.3f}{cadence:>9}{interval:>16}")
 
 
 def main() -> None:
