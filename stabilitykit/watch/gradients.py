@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
 from torch.nn.parameter import is_lazy
 
 from stabilitykit.measure.norms import Norms, ordinary, tensor_norms
@@ -58,12 +57,15 @@ class GradientTracker:
             handle.remove()
         self._handles.clear()
 
-    def update_begins(self) -> None:
-        """Measure again what has changed since the last backward ended."""
+    def update_begins(self, *, uncounted: bool = False) -> None:
+        """Measure again what has changed since the last backward ended.
+
+        Args:
+            uncounted: a dispatch mode is active, under which foreach kernels write without moving version counters.
+        """
         names, gradients = self._held()
         versions = _versions(gradients)
-        # Under a dispatch mode, foreach kernels write without moving version counters.
-        if versions != self._versions or names != self.before.names or _len_torch_dispatch_stack():
+        if uncounted or versions != self._versions or names != self.before.names:
             self.changed = True
             self._versions = versions
             self.clipped = Norms(names, self._norms(gradients))

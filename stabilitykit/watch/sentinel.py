@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch._C import _len_torch_dispatch_stack
 from torch.optim import Optimizer
 
 from stabilitykit.measure.norms import combine, transfer
@@ -131,7 +133,7 @@ class Sentinel:
             self._found_inf.append(found_inf.detach().reshape(()))
         else:
             self._stepped = True
-        self._unseen(self.gradients.update_begins)
+        self._unseen(partial(self.gradients.update_begins, uncounted=_len_torch_dispatch_stack() > 0))
         if not self._updating and self.gradients.before.known_bad:
             self._unseen(self._keep_late_writes)
         self._updating = True
