@@ -23,7 +23,7 @@ from stabilitykit.errors import UsageError
 T = TypeVar("T")
 MAX_DEPTH = 3  # attributes of attributes: objects may refer to each other
 _VERSION, _TRAINING, _REQUIRES_GRAD = map(attrgetter, ("_version", "training", "requires_grad"))
-BUFFER_FIELDS = ("examples", "labels", "logits", "task_labels", "uids")
+BUFFER_FIELDS = ("examples", "labels", "logits", "task_labels", "uids", "inserted_steps")
 
 
 @dataclass(frozen=True)

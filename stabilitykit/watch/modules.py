@@ -66,10 +66,7 @@ class ModuleWatch:
         """A module has returned."""
         call = self._calls[name]
         self._calls[name] += 1
-        found = [
-            (path, tensor) for path, tensor in tensors_of(output) if tensor.is_floating_point() or tensor.is_complex()
-        ]
-        for position, (_, tensor) in enumerate(found):
+        for position, (_, tensor) in enumerate(tensors_of(output)):
             label = name if position == 0 else f"{name}[{position}]"
             self._unseen(partial(self._measure, label, name, tensor.detach(), call))
             if tensor.requires_grad and tensor.grad_fn is not None:
@@ -93,7 +90,7 @@ class ModuleWatch:
         self._follow(2, module, gradient)
 
     def _follow(self, which: int, module: str, tensor: Tensor) -> None:
-        if self._trailing:
+        if self._trailing and (tensor.is_floating_point() or tensor.is_complex()):
             self._trails[which].append((module, tensor_norms([tensor])[0]))
 
     def _gradient_hook(self, label: str, module: str, call: int) -> Callable[[Tensor], None]:

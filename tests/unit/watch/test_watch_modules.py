@@ -99,7 +99,7 @@ class Giving(nn.Module):
         (lambda y: (y * 1, [y * 2, None]), ["", "[1]"]),
         (lambda y: Output(y * 1, None), [""]),
         (lambda y: None, []),
-        (lambda y: (y > 0, y.argmax(-1), "text", 3), []),
+        (lambda y: (y > 0, y.argmax(-1), "text", 3), ["", "[1]"]),
         (lambda y: torch.empty(0, 2), [""]),
         (lambda y: y.to(torch.complex64), [""]),
         (lambda y: y.to_sparse(), [""]),
