@@ -23,13 +23,13 @@ from stabilitykit.diagnose.hooks import by_hooks
 from stabilitykit.diagnose.retrace import Subject
 from stabilitykit.errors import NonFiniteError
 from stabilitykit.measure.values import is_finite
+from stabilitykit.monitor import wording
 from stabilitykit.monitor.aftermath import Aftermath
 from stabilitykit.monitor.history import History, Step
 from stabilitykit.monitor.inquiry import Inquiry, Outcome, Ran
 from stabilitykit.monitor.ledger import Ledger, Rows
 from stabilitykit.monitor.run_up import RunUp
 from stabilitykit.monitor.unwrapped import is_compiled, only_compiled, symptoms
-from stabilitykit.monitor.wording import COMPILED, later_fault, mended_gradients, message, rolled_back, unused_gradients
 from stabilitykit.schema import Diagnosis, Event
 from stabilitykit.snapshot import RandomStates, Snapshot, TrainingState
 from stabilitykit.watch.buffer import bad_slots
@@ -87,7 +87,7 @@ class Monitor:
         self._started = time.perf_counter()
         self._finalizer = weakref.finalize(self, _abandoned, self._ledger, self._aftermath)
         if is_compiled(model):
-            self._ledger.event(COMPILED)
+            self._ledger.event(wording.COMPILED)
         self._begin_step()
 
     # What a training script calls.
@@ -218,7 +218,7 @@ class Monitor:
         if replayable and ran.reading.unused_gradients:
             self._note_unused(ran)
         if ran.reading.mended_gradients:
-            self._ledger.event(mended_gradients(ran.reading))
+            self._ledger.event(wording.mended_gradients(ran.reading))
         self._settle(ran.reading, seconds)
         self._finish(ran.reading, seconds)
         return ran.outcome()
@@ -321,6 +321,8 @@ class Monitor:
             self._state.restore(outcome.after)
             self._history.forget()
             self._watch.acquit(ran.reading, ran.returned)
+            if ran.reading.bad_buffers:
+                self._ledger.event(wording.written_buffers(ran.reading))
             self._finish(ran.reading, skipped=ran.raised is not None)
             return ran.outcome()
         if self._pending is not None and not diagnosis.origin.op and diagnosis.origin.phase == "backward":
@@ -340,7 +342,7 @@ class Monitor:
 
     def _note_unused(self, ran: Ran) -> None:
         """Gradients are bad and no optimizer stepped: no fault, unless a later step of an accumulation uses them."""
-        self._ledger.event(unused_gradients(ran.reading, scaled=self._scaler is not None))
+        self._ledger.event(wording.unused_gradients(ran.reading, scaled=self._scaler is not None))
         if self._scaler is not None or self._pending is not None or self._num_looks >= self._config.replays:
             return
         self._num_looks += 1
@@ -399,7 +401,7 @@ class Monitor:
     def _act_briefly(self, ran: Ran) -> Any:
         """A fault after the first few: an event, and what `on_nonfinite` says, without another diagnosis."""
         self._num_faults += 1
-        self._ledger.event(later_fault(ran.reading))
+        self._ledger.event(wording.later_fault(ran.reading))
         if self._policy == "record" or self._diagnosis is None:
             self._settle(ran.reading, 0.0)
             self._finish(ran.reading)
@@ -421,7 +423,7 @@ class Monitor:
         streams = RandomStates.capture()
         self._state.restore(outcome.before)
         if self._policy == "rollback":
-            self._ledger.event(rolled_back(self._step_index, self._history.roll_back()))
+            self._ledger.event(wording.rolled_back(self._step_index, self._history.roll_back()))
         streams.restore()  # else the same random draws would meet the same fate
         self._num_consecutive += 1
         self._finish(ran.reading, skipped=True)
@@ -432,7 +434,7 @@ class Monitor:
     def _error(self, diagnosis: Diagnosis, prefix: str = "") -> NonFiniteError:
         self._ledger.flush()
         path = self._aftermath.render()
-        return NonFiniteError(prefix + message(diagnosis, path), diagnosis, path)
+        return NonFiniteError(prefix + wording.message(diagnosis, path), diagnosis, path)
 
     # What the watch calls.
 

@@ -69,6 +69,13 @@ def mended_gradients(reading: Reading) -> Event:
     return Event(kind="mended_gradients", severity="warning", subject=reading.bad_gradients[0], message=text)
 
 
+def written_buffers(reading: Reading) -> Event:
+    """Module buffers that are bad although no operation of the step made them so, and that harmed nothing yet."""
+    names = ", ".join(reading.bad_buffers[:3])
+    text = f"module buffers {names} are not finite: written to outside the step, and evaluation will use them"
+    return Event(kind="module_buffer", severity="warning", subject=reading.bad_buffers[0], message=text)
+
+
 def rolled_back(step: int, back_to: int | None) -> Event:
     """The state of an earlier step is back."""
     text = (

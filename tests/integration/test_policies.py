@@ -410,6 +410,21 @@ def test_an_interruption_passes_and_training_can_go_on(interruption: type[BaseEx
     assert not monitor.replaying
 
 
+def test_a_running_statistic_spoilt_between_two_steps_is_an_event_and_no_fault(tmp_path: Path) -> None:
+    training = Training()
+
+    with sk.attach(training.model, training.optimizer, tmp_path / "run", config=QUIET) as monitor:
+        step = monitor.replayable(training.step)
+        for index, batch in enumerate(training.batches):
+            if index == 3:
+                training.model[1].running_mean.data[2] = math.nan
+            step(batch)
+
+    events = sk.open_run(tmp_path / "run").events()
+    assert monitor.diagnosis is None
+    assert list(events[events.kind == "module_buffer"].subject) == ["1.running_mean"]
+
+
 # without a replayable step
 
 
