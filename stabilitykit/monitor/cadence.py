@@ -22,7 +22,7 @@ class Cadence:
     def __init__(self, fixed: int | None, budget: float) -> None:
         """`fixed`: the cadence asked for; None: the densest one with which watching takes `budget` of a step's time.
 
-        The sentinel is part of that; where it takes most of it, a quarter of the budget is left for recording.
+        The sentinel is part of that; where it takes most of it, half of the budget is left for recording.
         """
         self.recording = False
         self.spent = 0.0
@@ -63,7 +63,7 @@ class Cadence:
         if not self._plain or not self._recorded:
             return 1 if self._ended == 0 else 2  # the second step is left out, to know what one costs without
         allowed = self._budget * (self._plain - self._sentinel)
-        left = max(allowed - self._sentinel, allowed / 4, 1e-9)
+        left = max(allowed - self._sentinel, allowed / 2, 1e-9)
         wanted = max(self._recorded - self._plain, 0.0) / left
         return next((cadence for cadence in CADENCES if cadence >= wanted), CADENCES[-1])
 

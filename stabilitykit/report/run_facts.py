@@ -79,7 +79,7 @@ def _text(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return str(value)
     if isinstance(value, int | float):
-        return number(float(value))
+        return number(float(value) + 0.0)  # no -0
     if isinstance(value, list):
         return ", ".join(_text(entry) for entry in value[:MAX_ENTRIES])
     if isinstance(value, Mapping):

@@ -44,7 +44,7 @@ def test_what_the_sentinel_takes_is_not_left_for_recording() -> None:
     assert beside.every == 20
 
 
-def test_a_sentinel_beyond_the_budget_leaves_a_quarter_of_it() -> None:
+def test_a_sentinel_beyond_the_budget_leaves_half_of_it() -> None:
     cadence = Cadence(None, 0.02)
 
     run(cadence, steps=10, recorded=1.2, sentinel=0.1)
