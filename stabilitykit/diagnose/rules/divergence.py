@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 from stabilitykit.diagnose.rules.base import Evidence, Rule
@@ -61,22 +62,30 @@ class Overshoot(Rule):
 
 
 SUDDEN = 100.0
+SMALLEST, LARGEST = 1e-300, 1e300  # stand for losses of 0, and of Inf and NaN, in a logarithm
 
 
 def onset(evidence: Evidence, factor: float = 100.0) -> int | None:
     """Position in the run-up from which the loss grew, by at least `factor` in all; None if it did not.
 
-    Growth may be noisy: it starts at the smallest loss, most steps from there go up, and the last is far above all
-    before.
+    Growth may be noisy: most steps from there go up, and the last is far above all before. It starts at the latest step
+    that still had nine tenths of the growth (of the logarithm) ahead, or where the rise to that step began.
     """
-    losses = [abs(step.loss) for step in evidence.run_up]
+    losses = [_magnitude(step.loss) for step in evidence.run_up]
     if len(losses) < 3:
         return None
-    start = len(losses) - 1 - min(range(len(losses)), key=lambda back: losses[-1 - back])
+    last, lowest = losses[-1], min(losses)
+    start = max(i for i, loss in enumerate(losses) if math.log(last / loss) >= 0.9 * math.log(last / lowest))
+    while start and losses[start - 1] < losses[start]:
+        start -= 1
     later = losses[start:]
     rises = sum(after > before for before, after in pairwise(later))
-    grown = losses[-1] >= factor * losses[start] and losses[-1] >= factor / 10 * max(losses[: start + 1])
+    grown = last >= factor * losses[start] and last >= factor / 10 * max(losses[: start + 1])
     return start if len(later) >= 3 and grown and rises >= 0.6 * (len(later) - 1) else None
+
+
+def _magnitude(loss: float) -> float:
+    return LARGEST if math.isnan(loss) else min(max(abs(loss), SMALLEST), LARGEST)
 
 
 RULES = (Divergence(), Overshoot())
