@@ -48,6 +48,7 @@ class RandomStates:
             torch.cuda.set_rng_state_all(list(self.torch_cuda))
         random.setstate(self.python)
         np.random.set_state(self.numpy)  # type: ignore[arg-type]  # noqa: NPY002
+        _NUMPY_STREAM.forget()
 
 
 class _PythonStream:
@@ -77,6 +78,10 @@ class _NumpyStream:
     def __init__(self) -> None:
         self._memory = b""
         self._state: Any = None
+
+    def forget(self) -> None:
+        """The stream was set: the same memory may now go with another half of a pair."""
+        self._memory = b""
 
     def state(self) -> Any:
         """As `numpy.random.get_state()`."""

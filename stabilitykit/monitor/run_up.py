@@ -15,7 +15,7 @@ class RunUp:
     """At most `length` steps, the latest last."""
 
     def __init__(self, length: int) -> None:
-        self._steps: deque[RunUpStep] = deque(maxlen=length or None)
+        self._steps: deque[RunUpStep] = deque(maxlen=length)
 
     def add(self, index: int, reading: Reading, largest: Largest) -> None:
         """A step is over; `largest` is known where its tensors were recorded."""

@@ -420,3 +420,20 @@ def test_tensors_are_found_in_every_kind_of_container() -> None:
     nested = [{"x": (one, None)}, Pair(one, 3), Batch(one, "n"), one]
 
     assert [path for path, _ in tensors_of(nested)] == ["[0]['x'][0]", "[1].left", "[2].inputs", "[3]"]
+
+
+def test_the_second_half_of_a_pair_of_numpy_normals_is_put_back() -> None:
+    state = TrainingState(nn.Linear(1, 1), [])
+    np.random.seed(0)  # noqa: NPY002
+    np.random.randn()  # the other one of its pair waits  # noqa: NPY002
+    waiting = state.capture()
+    expected = np.random.randn()  # taken without a move of the generator  # noqa: NPY002
+    state.capture()
+
+    state.restore(waiting)
+    again = state.capture()
+    first = np.random.randn()  # noqa: NPY002
+    state.restore(again)
+    second = np.random.randn()  # noqa: NPY002
+
+    assert first == second == expected
