@@ -114,7 +114,7 @@ class ReplayBuffer:
 
     def gather(self, slots: Tensor) -> dict[str, Tensor]:
         """Copies of what lies in `slots`."""
-        return {"slots": slots} | {name: self.storage[name][slots] for name in REPLAYED}
+        return {"slots": slots} | {name: self.storage[name].index_select(0, slots) for name in REPLAYED}
 
     def choose(self, probabilities: Tensor | None) -> Tensor:
         """Slots as they fall."""
@@ -126,21 +126,23 @@ class ReplayBuffer:
     def insert(self, examples: Tensor, labels: Tensor, logits: Tensor, importance: Tensor, task: int) -> None:
         """Offer a batch: un-augmented examples and the logits of the training forward, before the update."""
         rows = self.admitted(examples, labels, logits)
-        limit = self.config.clamp_logits
-        columns = {
-            "examples": examples,
-            "labels": labels,
-            "logits": logits.clamp(-limit, limit) if limit else logits,
-            "task_labels": torch.full_like(labels, task),
-            "importance": importance,
-        }
         accepted = self.policy.accept(self, labels[rows], importance[rows])
-        slots = torch.tensor(list(accepted), dtype=torch.int64)
-        offers = torch.tensor(list(accepted.values()), dtype=torch.int64)
-        for name, values in columns.items():
-            self.storage[name][slots] = values[rows[offers]].to(self.storage[name].dtype)
-        self.storage["uids"][slots] = self.n_seen - len(rows) + offers
-        self.storage["inserted_steps"][slots] = self.num_steps
+        if accepted:
+            slots = torch.tensor(list(accepted), dtype=torch.int64)
+            offers = torch.tensor(list(accepted.values()), dtype=torch.int64)
+            limit = self.config.clamp_logits
+            columns = {
+                "examples": examples,
+                "labels": labels,
+                "logits": logits.clamp(-limit, limit) if limit else logits,
+                "importance": importance,
+            }
+            for name, values in columns.items():
+                stored = self.storage[name]
+                stored.index_copy_(0, slots, values.index_select(0, rows[offers]).to(stored.dtype))
+            self.storage["task_labels"].index_fill_(0, slots, task)
+            self.storage["uids"].index_copy_(0, slots, self.n_seen - len(rows) + offers)
+            self.storage["inserted_steps"].index_fill_(0, slots, self.num_steps)
         self.num_steps += 1
 
     def admitted(self, examples: Tensor, labels: Tensor, logits: Tensor) -> Tensor:

@@ -32,13 +32,15 @@ class Reservoir:
     def accept(self, held: Held, labels: Tensor, importance: Tensor) -> Slots:
         """Slots of the offers that are taken; every offer counts, taken or not."""
         accepted: Slots = {}
-        chances = torch.rand(len(labels), dtype=torch.float64, generator=held.generator)
-        for offer, chance in enumerate(chances.tolist()):
-            slot = held.filled if held.filled < held.capacity else int(chance * (held.n_seen + 1))
-            held.filled = min(held.filled + 1, held.capacity)
-            held.n_seen += 1
-            if slot < held.capacity:
+        chances = torch.rand(len(labels), dtype=torch.float64, generator=held.generator).tolist()
+        capacity, filled, seen = held.capacity, held.filled, held.n_seen
+        for offer, chance in enumerate(chances):
+            seen += 1
+            slot = filled if filled < capacity else int(chance * seen)
+            if slot < capacity:
                 accepted[slot] = offer
+                filled += filled < capacity
+        held.filled, held.n_seen = filled, seen
         return accepted
 
     def state(self) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
@@ -30,12 +31,14 @@ class Transform:
         self.normalises = bool(spec.mean)
         self.mean = torch.tensor(spec.mean or (0.0,)).reshape(1, -1, 1, 1)
         self.std = torch.tensor(spec.std or (1.0,)).reshape(1, -1, 1, 1)
+        self._padded = torch.empty(0)
 
     def __call__(self, examples: Tensor) -> Tensor:
         """Augmented and normalised copies of images in [0, 1]."""
         if not self.padding:
             return self.normalise(examples)
-        augmented = self.flip(self.crop(examples))  # a copy: what follows may write into it
+        augmented = self.crop(examples)  # a copy: what follows may write into it
+        self.flip(augmented)
         return augmented.sub_(self.mean).div_(self.std) if self.normalises else augmented
 
     def normalise(self, examples: Tensor) -> Tensor:
@@ -45,17 +48,28 @@ class Transform:
     def crop(self, examples: Tensor) -> Tensor:
         """One random window of the zero-padded image each."""
         height, width = examples.shape[2:]
-        padded = torch.nn.functional.pad(examples, [self.padding] * 4)
-        top, left = torch.randint(2 * self.padding + 1, (2, len(examples)), generator=self.generator)
+        top, left = torch.randint(2 * self.padding + 1, (2, len(examples)), generator=self.generator).numpy()
         windows = (
-            padded.unfold(2, height, 1).unfold(3, width, 1).permute(0, 2, 3, 1, 4, 5)
+            self.padded(examples).unfold(2, height, 1).unfold(3, width, 1).permute(0, 2, 3, 1, 4, 5)
         )  # a view: (N, 9, 9, C, H, W)
-        return windows[torch.arange(len(examples)), top, left]
+        # numpy copies whole rows here, torch one value at a time: a fifth of the time for 32 images of CIFAR.
+        return torch.from_numpy(windows.numpy()[np.arange(len(examples)), top, left])
 
-    def flip(self, examples: Tensor) -> Tensor:
-        """Mirrored left to right, each with probability one half."""
-        mirrored = torch.rand(len(examples), 1, 1, 1, generator=self.generator) < 0.5
-        return torch.where(mirrored, examples.flip(-1), examples)
+    def padded(self, examples: Tensor) -> Tensor:
+        """The images within a border of zeros, in memory that the next call writes over."""
+        count, channels, height, width = examples.shape
+        shape = (count, channels, height + 2 * self.padding, width + 2 * self.padding)
+        if self._padded.shape != shape:
+            self._padded = examples.new_zeros(shape)
+        inner = slice(self.padding, -self.padding)
+        self._padded[:, :, inner, inner] = examples
+        return self._padded
+
+    def flip(self, examples: Tensor) -> None:
+        """Mirror the images left to right in place, each with probability one half."""
+        mirrored = torch.rand(len(examples), generator=self.generator).numpy() < 0.5
+        images = examples.numpy()
+        images[mirrored] = images[mirrored][..., ::-1]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The augmentation generator's state."""
@@ -68,7 +82,7 @@ class Transform:
 
 def to_unit(images: Tensor) -> Tensor:
     """Bytes as float32 in [0, 1]."""
-    return images.float() / 255
+    return images / 255
 
 
 class TaskSplit:
@@ -86,7 +100,7 @@ class TaskSplit:
 
     def examples(self, indices: Tensor, task: int) -> Tensor:
         """Images in [0, 1] as they are in `task`."""
-        images = to_unit(self.split.images[indices])
+        images = to_unit(self.split.images.index_select(0, indices))
         if self.spec.domain == "permutation":
             return permuted(images, generator(self.seed, f"permutation of task {task}"))
         if self.spec.domain == "rotation":
@@ -147,9 +161,10 @@ class Stream:
         owners = torch.cat([torch.full((len(self.train.members(t)),), t) for t in self.tasks_of(session)])
         order = torch.randperm(len(members), generator=self.order)
         for rows in torch.split(order, self.batch_size)[skip : self.num_batches(session)]:
-            examples = self.examples(members[rows], owners[rows])
-            labels = self.train.split.labels[members[rows]]
-            yield Batch(self.transform(examples), labels, examples, members[rows], session, epoch)
+            indices = members[rows]
+            examples = self.examples(indices, owners[rows])
+            labels = self.train.split.labels[indices]
+            yield Batch(self.transform(examples), labels, examples, indices, session, epoch)
 
     def examples(self, indices: Tensor, tasks: Tensor) -> Tensor:
         """Images in [0, 1], each as its task has it."""

@@ -103,6 +103,24 @@ def test_a_crop_is_a_window_of_the_padded_image() -> None:
         assert same.any()
 
 
+def test_images_are_cropped_mirrored_and_normalised_as_one_by_one() -> None:
+    spec = SPECS["seq-cifar100"]
+    transform, draws = Transform(spec, generator(3, "augmentation")), generator(3, "augmentation")
+    batches = [torch.rand(count, 3, 32, 32) for count in (6, 6, 2)]
+
+    found = [transform(images) for images in batches]
+
+    for images, actual in zip(batches, found, strict=True):
+        top, left = torch.randint(9, (2, len(images)), generator=draws).tolist()
+        mirrored = torch.rand(len(images), generator=draws) < 0.5
+        padded = torch.nn.functional.pad(images, [4] * 4)
+        for index in range(len(images)):
+            window = padded[index, :, top[index] : top[index] + 32, left[index] : left[index] + 32]
+            window = window.flip(-1) if mirrored[index] else window
+            assert torch.equal(actual[index], transform.normalise(window[None])[0])
+        assert actual.is_contiguous()
+
+
 def test_replays_are_normalised_like_the_stream() -> None:
     spec = SPECS["seq-cifar100"]
     transform = Transform(spec, generator(0, "augmentation"))
