@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from stabilitykit.guards.checks import in_range, norms
 from stabilitykit.guards.guard import Guard
 
 
@@ -101,21 +102,22 @@ class BufferSanitiser(Guard):
 
     def _bad(self, labels: Tensor | None, columns: Mapping[str, Tensor]) -> dict[str, list[int]]:
         """Rows that must not be there, by column."""
-        floating = {name: column for name, column in columns.items() if column.is_floating_point()}
+        floating = {name: column for name, column in columns.items() if column.is_floating_point() and column.numel()}
         wrong: dict[str, Tensor] = {}
-        for name, column in floating.items():
-            # Extremes are cheap and hand NaN on; rows are looked for only where there is one to find.
-            if not column.numel():
-                continue
-            low, high = column.aminmax()
-            if not (low >= -self.max_magnitude and high <= self.max_magnitude):
-                wrong[name] = ~(column.abs() <= self.max_magnitude).reshape(len(column), -1).all(1)
-        if labels is not None and self.num_classes is not None:
+        # No value is larger than the norm, which hands NaN on and is cheap: rows are looked for where it leaves room
+        # for one. Half of what is allowed, so that no rounding of the norm can hide it.
+        for (name, column), norm in zip(floating.items(), norms(list(floating.values())), strict=True):
+            if not norm <= self.max_magnitude / 2:
+                # In float64: float16 would take a bound of 1e6 for infinity, and infinity for sound.
+                wrong[name] = ~(column.abs().double() <= self.max_magnitude).reshape(len(column), -1).all(1)
+        if labels is not None and self.num_classes is not None and not in_range(labels, self.num_classes):
             wrong["labels"] = (labels < 0) | (labels >= self.num_classes)
         return {name: rows.nonzero().flatten().tolist() for name, rows in wrong.items() if rows.any()}
 
     def _others(self, bad: Mapping[str, list[int]], labels: Tensor | None, columns: Mapping[str, Tensor]) -> Tensor:
         count = len(next(iter(columns.values()))) if columns else len(labels if labels is not None else ())
+        if not bad:
+            return torch.arange(count)
         kept = torch.ones(count, dtype=torch.bool)
         kept[_any(bad)] = False
         return kept.nonzero().flatten()

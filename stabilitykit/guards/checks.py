@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from stabilitykit.errors import NonFiniteError, StabilityKitError, UsageError
-from stabilitykit.measure.norms import combine, tensor_norms, transfer
+from stabilitykit.measure.norms import combine, ordinary, tensor_norms, transfer
 from stabilitykit.measure.summary import bad_rows
 from stabilitykit.measure.values import is_finite, values
 from stabilitykit.schema import Phase
+
+FEW = 256  # labels that are brought to the host sooner than their extremes are found
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,20 @@ def first_bad(named: Iterable[tuple[str, Tensor | None]]) -> str:
 
 def measured(named: Iterable[tuple[str, Tensor | None]]) -> list[tuple[str, Tensor, float]]:
     """Tensors with names and norms, in one transfer; the norm of finite values above 1e19 may be infinite."""
-    present = [(name, tensor) for name, tensor in named if tensor is not None and tensor.numel()]
-    norms = transfer(tensor_norms(tensor for _, tensor in present))
-    return [(name, tensor, norm) for (name, tensor), norm in zip(present, norms, strict=True)]
+    present = [
+        (name, tensor)
+        for name, tensor in named
+        if tensor is not None and (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel()
+    ]
+    with torch.no_grad():
+        found = norms([tensor for _, tensor in present])
+    return [(name, tensor, norm) for (name, tensor), norm in zip(present, found, strict=True)]
+
+
+def norms(tensors: list[Tensor]) -> list[float]:
+    """L2 norms of tensors of any kind, in one transfer."""
+    plain = bool(tensors) and all(map(ordinary, tensors))
+    return transfer(torch._foreach_norm(tensors) if plain else tensor_norms(tensors))
 
 
 def first_bad_of(tensors: Iterable[tuple[str, Tensor, float]]) -> str:
@@ -67,12 +80,21 @@ def gradient_norm(gradients: Iterable[Tensor]) -> float:
     Fused norms first; a tensor whose own came out infinite or zero is measured again in float64.
     """
     tensors = list(gradients)
-    norms = transfer(tensor_norms(tensors))
-    for index, norm in enumerate(norms):
+    found = norms(tensors)
+    for index, norm in enumerate(found):
         if norm == 0 or not math.isfinite(norm):
             plain = values(tensors[index])
-            norms[index] = float(torch.linalg.vector_norm(plain, dtype=torch.float64)) if plain is not None else 0.0
-    return math.nan if any(map(math.isnan, norms)) else combine(norms)
+            found[index] = float(torch.linalg.vector_norm(plain, dtype=torch.float64)) if plain is not None else 0.0
+    return math.nan if any(map(math.isnan, found)) else combine(found)
+
+
+def in_range(labels: Tensor, num_classes: int) -> bool:
+    """Whether all labels are classes, from 0 to one less than `num_classes`."""
+    if not labels.numel():
+        return True
+    few = labels.dim() == 1 and len(labels) <= FEW
+    found: list[int] = labels.tolist() if few else torch.stack(labels.aminmax()).tolist()
+    return min(found) >= 0 and max(found) < num_classes
 
 
 def label_problem(labels: Tensor, num_classes: int, ignore_index: int = -100) -> Problem | None:
@@ -91,6 +113,8 @@ def label_problem(labels: Tensor, num_classes: int, ignore_index: int = -100) ->
             (),
             UsageError,
         )
+    if in_range(labels, num_classes):
+        return None
     wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if not wrong.any():
         return None

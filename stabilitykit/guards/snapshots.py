@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stabilitykit.guards.checks import first_bad
+from stabilitykit.guards.tensors import ModelTensors
 from stabilitykit.snapshot import RandomStates, Snapshot, TrainingState, tensors_of
 
 DEPTH = 3  # snapshots held for a rollback: one that is finite may already be on its way down
@@ -23,6 +24,7 @@ class GoodStates:
     since the same draws would meet the same fate, and the caller may ask for an older state.
 
     Args:
+        tensors: parameters and module buffers of the model, by name.
         model: parameters, module buffers and modes.
         optimizer: state and hyperparameters.
         stateful: what else a step changes: a scaler, a replay buffer, generators; see `TrainingState`.
@@ -31,9 +33,16 @@ class GoodStates:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, stateful: Sequence[object], *, every: int, depth: int = DEPTH
+        self,
+        tensors: ModelTensors,
+        model: nn.Module,
+        optimizer: Optimizer,
+        stateful: Sequence[object],
+        *,
+        every: int,
+        depth: int = DEPTH,
     ) -> None:
-        self._model, self._optimizer, self._every = model, optimizer, every
+        self._tensors, self._optimizer, self._every = tensors, optimizer, every
         self._state = TrainingState(model, (optimizer,), stateful)
         self._states: deque[tuple[int, Snapshot]] = deque(maxlen=depth)
         self._candidate: tuple[int, Snapshot] | None = None
@@ -43,7 +52,7 @@ class GoodStates:
 
     def before_step(self, step: int) -> None:
         """Take a snapshot where one is due."""
-        self._buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
+        self._buffers = [(buffer, buffer.clone()) for buffer in self._tensors.buffers.values()]
         if self._candidate is None and step >= self._due and not self._corrupted():
             self._candidate = step, self._state.capture()
             self._due = step + self._every
@@ -92,6 +101,6 @@ class GoodStates:
 
     def _corrupted(self) -> bool:
         """A state with a NaN in it is none to come back to; a bad momentum shows in the weights only a step later."""
-        held: list[tuple[str, Any]] = [*self._model.named_parameters(), *self._model.named_buffers()]
+        held: list[tuple[str, Any]] = [*self._tensors.parameters.items(), *self._tensors.buffers.items()]
         held += [entry for state in self._optimizer.state.values() for entry in tensors_of(dict(state))]
         return bool(first_bad(held))

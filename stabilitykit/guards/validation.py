@@ -27,6 +27,7 @@ from stabilitykit.guards.guard import Guard
 from stabilitykit.guards.learning_rate import COOLED, FACTOR
 from stabilitykit.guards.quarantine import set_aside
 from stabilitykit.guards.snapshots import GoodStates
+from stabilitykit.guards.tensors import ModelTensors
 from stabilitykit.snapshot import tensors_of
 
 Policy = Literal["raise", "skip", "rollback", "record"]
@@ -117,7 +118,9 @@ class StepValidation(Guard):
         self.scaled = any(isinstance(entry, GradScaler) and entry.is_enabled() for entry in stateful)
         self.step_index, self.in_a_row = -1, 0
         self.problem: Problem | None = None
+        self._tensors = ModelTensors(model)
         self._states = GoodStates(
+            self._tensors,
             model,
             optimizer,
             stateful,
@@ -184,9 +187,11 @@ class StepValidation(Guard):
             and (problem := self._before_update(_number(loss), None))
         ):
             return problem
-        if problem := self._weight_problem():
+        weights, buffers = self._tensors.parameters, self._tensors.buffers
+        found = measured([*weights.items(), *buffers.items()])
+        if problem := self._weight_problem([entry for entry in found if entry[0] in weights]):
             return problem
-        if name := first_bad(self.model.named_buffers()):
+        if name := first_bad_of(found):
             return Problem(f"module buffers: NaN or Inf in {name}", "state", name)
         return None
 
@@ -224,20 +229,23 @@ class StepValidation(Guard):
     def _before_update(self, loss: float, norm: float | None) -> Problem | None:
         if not math.isfinite(loss):
             return Problem(f"loss is {loss}", "forward")
-        gradients = [entry.grad for entry in self.model.parameters() if entry.grad is not None]
-        norm = gradient_norm(gradients) if norm is None else norm
+        if norm is None:
+            norm = gradient_norm(self._gradients().values())
         if not math.isfinite(norm):
             if self.scaled:
                 return None
-            named = ((name, entry.grad) for name, entry in self.model.named_parameters())
-            name = first_bad(named)
+            name = first_bad(self._gradients().items())
             return Problem(f"gradients: norm is {norm}" + (f", NaN or Inf in {name}" if name else ""), "backward", name)
         if not norm and loss:
-            what = "are all zero" if gradients else "are missing"
+            missing = not self._gradients()
+            what = "are missing" if missing else "are all zero"
             text = f"gradients {what} although the loss is {loss:.4g}: nothing is trained"
-            return Problem(text, "backward", stateless=not gradients)
+            return Problem(text, "backward", stateless=missing)
         self._now = {"loss": abs(loss), "gradient norm": norm}
         return self._jump()
+
+    def _gradients(self) -> dict[str, Tensor]:
+        return {name: entry.grad for name, entry in self._tensors.parameters.items() if entry.grad is not None}
 
     def _jump(self) -> Problem | None:
         for name, value in self._now.items():
@@ -284,14 +292,16 @@ class StepValidation(Guard):
         # Going back costs what was learnt since. A refused update has harmed nothing, and the batch may be to blame:
         # only when the 2nd, 4th, 8th ... step in a row fails as well is it the state, and then an older one each time.
         again = self.in_a_row > 1 and self.in_a_row.bit_count() == 1
-        if self._refused is not None and (problem.stateless or not (again or self._weight_problem())):
+        if self._refused is not None and (problem.stateless or not (again or self._weights_are_bad())):
             self._states.undo_forward()
             return "update refused"
         return self._roll_back(facts, further=again)
 
-    def _weight_problem(self) -> Problem | None:
+    def _weights_are_bad(self) -> bool:
+        return self._weight_problem(measured(self._tensors.parameters.items())) is not None
+
+    def _weight_problem(self, weights: Sequence[tuple[str, Tensor, float]]) -> Problem | None:
         """A weight that is not finite, or a tensor of them that jumped: a flipped bit, a rate that is far too high."""
-        weights = measured(self.model.named_parameters())
         if name := first_bad_of(weights):
             return Problem(f"weights: NaN or Inf in {name}", "optimizer", name)
         for name, _, norm in weights:

@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from stabilitykit.guards import BufferSanitiser, all_finite, finite_rows
+from stabilitykit.guards import BufferSanitiser, all_finite, finite_rows, label_problem
 
 
 def test_s19_rows_that_are_not_finite_are_refused_not_repaired_and_the_others_kept() -> None:
@@ -75,6 +77,35 @@ def test_finite_rows_names_the_rows() -> None:
     values[1, 0, 1] = math.nan
 
     assert finite_rows(values).tolist() == [True, False, True]
+
+
+@given(
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    st.sampled_from([0.0, 1.0, 9.9e5, 1e6, 1.0001e6, -2e6, 6e4, 1e30, math.nan, math.inf, -math.inf]),
+    st.sampled_from([0.0, 1.0, 300.0]),
+    st.integers(0, 2999),
+)
+def test_rows_are_judged_by_their_largest_value_whatever_lies_around_it(
+    dtype: torch.dtype, value: float, around: float, where: int
+) -> None:
+    rows = torch.full((3, 1000), around, dtype=dtype)
+    rows.view(-1)[where] = torch.tensor(value, dtype=torch.float64).to(dtype)
+    naive = [index for index, row in enumerate(rows.tolist()) if all(abs(entry) <= 1e6 for entry in row)]
+
+    kept = BufferSanitiser().admit(rows=rows)
+
+    assert kept.tolist() == naive
+
+
+@pytest.mark.parametrize("count", [1, 256, 257])
+@pytest.mark.parametrize(("value", "sound"), [(0, True), (2, True), (3, False), (-1, False), (2**62, False)])
+def test_s6_one_label_that_is_no_class_is_found_among_few_and_among_many(count: int, value: int, sound: bool) -> None:
+    labels = torch.ones(count, dtype=torch.int64)
+    labels[-1] = value
+
+    assert BufferSanitiser(num_classes=3).is_sound(labels=labels) is sound
+    assert (label_problem(labels, 3) is None) is sound
+    assert label_problem(labels.view(-1, 1)[:0], 3) is None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -151,6 +151,22 @@ def test_s8_statistics_that_went_bad_are_noticed_although_loss_and_weights_are_f
     assert loop.model[1].running_var.isfinite().all()
 
 
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_a_layer_that_joined_later_is_looked_at_as_well(policy: str) -> None:
+    loop = Loop()
+    step, _, events = protected(loop, policy=policy)
+    step(*loop.batches[0])
+    loop.model.append(nn.BatchNorm1d(3))
+    loop.optimizer.add_param_group({"params": list(loop.model[5].parameters())})
+    step(*loop.batches[1])
+
+    loop.model[5].running_var.fill_(math.nan)
+    outcome = step(*loop.batches[2])
+
+    assert outcome is None
+    assert "module buffers: NaN or Inf in 5.running_var" in events[-1]["message"]
+
+
 def test_s10_skip_undoes_weights_momentum_and_statistics_alike() -> None:
     loop = Loop()
     step, validation, events = protected(loop, policy="skip")
