@@ -1,10 +1,12 @@
-"""What a DER++ step of `trainers` costs beside the three forwards and backwards it needs.
+"""What a DER++ step of `trainers` costs beside the three forwards and backwards it needs, and what guards add to it.
 
     python -m benchmarks.trainer_step [--steps 200] [--rounds 5]
 
 A bare loop does nothing but three forwards, three losses, one backward and the optimizer's step, on tensors that lie
-ready, other ones for each forward.  The trainer's own step does the same and also loads, augments, draws, checks and
-stores.  Both run in turn, in blocks, on one thread; CPU time of this process, the median of the rounds.
+ready, other ones for each forward.  The trainer's own step, by default with guards 4 and 6, does the same and also
+loads, augments, draws, checks and stores.  Then the same step under `--guards none`, under the guards that only look
+(with rollback, so that snapshots are part of it), and under all eight, in the first task: nothing is frozen yet.
+All run in turn, in blocks, on one thread; CPU time of this process, medians over the rounds.
 """
 
 from __future__ import annotations
@@ -21,19 +23,24 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, mse_loss
 
-from trainers.buffer import BufferConfig
-from trainers.datasets import DatasetConfig
-from trainers.experiment import ExperimentConfig, build_trainer
-from trainers.networks import NetworkConfig
+from trainers import flags
+from trainers.cli import configure
+from trainers.experiment import build_trainer
 from trainers.progress import NoProgress
 from trainers.trainer import Trainer
-from trainers.watching import WatchConfig
 
 SETTINGS = {
-    "mnistmlp, 1x28x28, batch 64": ("seq-fmnist-mini", "mnistmlp", 1, 64),
-    "resnet8, 3x16x16, batch 32": ("seq-cifar100", "resnet8", 2, 32),
-    "reduced-resnet18, 3x32x32, batch 32": ("seq-cifar100", "reduced-resnet18", 1, 32),
+    "mnistmlp, 1x28x28, batch 64": ("--backbone", "mnistmlp", "--batch_size", "64"),
+    "resnet8, 3x16x16, batch 32": ("--dataset", "seq-cifar100", "--backbone", "resnet8", "--pool", "2"),
+    "reduced-resnet18, 3x32x32, batch 32": ("--dataset", "seq-cifar100", "--backbone", "reduced-resnet18"),
 }
+GUARDED = {  # each beside the one it is compared with
+    "trainer": ("bare", ()),
+    "none": ("", ("--guards", "none")),
+    "looking": ("none", ("--guards", "precision,freeze_bn,buffer,isolation,checks")),
+    "all eight": ("none", ("--guards", "all")),
+}
+Block = Callable[[int], None]
 
 
 def random_cifar100(folder: Path) -> None:
@@ -44,21 +51,14 @@ def random_cifar100(folder: Path) -> None:
     np.savez(folder / "cifar100.npz", **arrays, test_labels=labels[:1000])
 
 
-def make_trainer(folder: Path, setting: tuple[str, str, int, int], name: str) -> Trainer:
-    dataset, network, pool, batch = setting
-    config = ExperimentConfig(
-        run_dir=folder / name.replace("/", "-"),
-        method="derpp",
-        batch_size=batch,
-        dataset=DatasetConfig(name=dataset, base_path=folder),
-        network=NetworkConfig(name=network, pool=pool),
-        buffer=BufferConfig(size=500, minibatch_size=batch),
-        watch=WatchConfig(monitor=False),
-    )
-    return build_trainer(config, NoProgress())
+def make_trainer(folder: Path, *options: str) -> Trainer:
+    run_dir = tempfile.mkdtemp(dir=folder)
+    fixed = ("--model", "derpp", "--buffer_size", "500", "--monitor", "0", "--checkpoint_every", "0")
+    places = ("--base_path", str(folder), "--run_dir", f"{run_dir}/run")
+    return build_trainer(configure(flags.parse([*fixed, *places, *options]), ()), NoProgress())
 
 
-def trainer_block(trainer: Trainer) -> Callable[[int], None]:
+def trainer_block(trainer: Trainer) -> Block:
     """Steps as `Trainer.run_epoch` takes them, loading included."""
     trainer.begin_task(0)
     batches = iter(())
@@ -75,7 +75,7 @@ def trainer_block(trainer: Trainer) -> Callable[[int], None]:
     return run
 
 
-def bare_block(trainer: Trainer) -> Callable[[int], None]:
+def bare_block(trainer: Trainer) -> Block:
     """Three forwards, one backward, the optimizer's step, on the trainer's own network and batches."""
     network, optimizer = trainer.network, trainer.step.optimizer
     ready = cycle([(batch.inputs, batch.labels) for batch in trainer.stream.batches(0, 0)][:-1])
@@ -94,7 +94,7 @@ def bare_block(trainer: Trainer) -> Callable[[int], None]:
     return run
 
 
-def cpu_milliseconds(block: Callable[[int], None], steps: int) -> float:
+def cpu_milliseconds(block: Block, steps: int) -> float:
     started = time.process_time()
     block(steps)
     return 1e3 * (time.process_time() - started) / steps
@@ -107,23 +107,28 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, 1 thread, CPU ms a step, median of {args.rounds} rounds")
-    print(f"{'setting':38} {'bare':>8} {'trainer':>8} {'ratio':>6}")
+    print(f"{'setting':36} {'bare':>7}" + "".join(f"{name:>10}{'ratio':>6}" for name in GUARDED))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         random_cifar100(folder)
         for setting, options in SETTINGS.items():
-            measure(make_trainer(folder, options, setting), setting, args.steps, args.rounds)
+            trainers = {name: make_trainer(folder, *options, *guards) for name, (_, guards) in GUARDED.items()}
+            print(f"{setting:36} " + measure(trainers, args.steps, args.rounds), flush=True)
 
 
-def measure(trainer: Trainer, setting: str, steps: int, rounds: int) -> None:
+def measure(trainers: dict[str, Trainer], steps: int, rounds: int) -> str:
     """One line of the table."""
-    own, bare = trainer_block(trainer), bare_block(trainer)
-    own(20)  # fills the buffer
-    steps = max(5, min(steps, int(steps * 2 / cpu_milliseconds(bare, 5))))
-    pairs = [(cpu_milliseconds(bare, steps), cpu_milliseconds(own, steps)) for _ in range(rounds)]
-    ratio = statistics.median(mine / theirs for theirs, mine in pairs)
-    theirs, mine = (statistics.median(column) for column in zip(*pairs, strict=True))
-    print(f"{setting:38} {theirs:8.2f} {mine:8.2f} {ratio:6.2f}", flush=True)
+    blocks = {name: trainer_block(trainer) for name, trainer in trainers.items()}
+    for block in blocks.values():
+        block(20)  # fills the buffer
+    blocks["bare"] = bare_block(trainers["trainer"])
+    steps = max(3, min(steps, int(steps * 2 / cpu_milliseconds(blocks["bare"], 5))))
+    found = [{name: cpu_milliseconds(block, steps) for name, block in blocks.items()} for _ in range(rounds)]
+    cells = [f"{statistics.median(times['bare'] for times in found):7.2f}"]
+    for name, (beside, _) in GUARDED.items():
+        cells.append(f"{statistics.median(times[name] for times in found):10.2f}")
+        cells.append(f"{statistics.median(times[name] / times[beside] for times in found):6.2f}" if beside else " " * 6)
+    return "".join(cells)
 
 
 if __name__ == "__main__":
