@@ -36,7 +36,8 @@ class CampaignConfig:
     Attributes:
         runs: runs with a fault.
         healthy: runs without one, for false alarms.
-        guards: `none`, `quick` (the stability guide's first four), `all`, or a list.
+        guards: `all` or a list (standing by), `guide`, `quick` (the stability guide's eight, or first four, with its
+            numbers), or `none`.
         faults: names from FAULTS.
         lr: base learning rate of every run.
         seed: draws faults, steps, networks.
@@ -48,7 +49,7 @@ class CampaignConfig:
     healthy: int
     guards: str
     faults: tuple[str, ...]
-    lr: float = 0.1
+    lr: float = 0.05
     seed: int
     jobs: int
     out: Path
@@ -62,18 +63,11 @@ class CampaignConfig:
 
     def specs(self) -> list[Spec]:
         """Every run; the i-th is the same whatever the number of runs and the guards."""
-        guards = guard_names(self.guards)
+        guards = flags.guard_names(self.guards)
         faulty = [draw(index, self.seed, self.faults, guards) for index in range(self.runs)]
         healthy = [draw(index, self.seed, (HEALTHY,), guards) for index in range(self.healthy)]
-        return [replace(spec, lr=self.lr) for spec in faulty + healthy]
-
-
-def guard_names(given: str) -> tuple[str, ...]:
-    """`none`, `quick`, `all` or a list as the names themselves, in the guide's order."""
-    flags.guard_defaults(given)  # refuses what is no guard
-    names = list(flags.GUARDS)
-    chosen = {"all": names, "quick": names[:4], "none": []}.get(given, given.split(","))
-    return tuple(name for name in names if name in chosen)
+        by_guide = self.guards in flags.BY_GUIDE
+        return [replace(spec, lr=self.lr, by_guide=by_guide) for spec in faulty + healthy]
 
 
 def draw(index: int, seed: int, faults: Sequence[str], guards: tuple[str, ...]) -> Spec:
@@ -214,8 +208,8 @@ def parse(argv: Sequence[str]) -> CampaignConfig:
     add_common(parser)
     parser.add_argument("--runs", type=flags.whole, default=100, help="runs with a fault")
     parser.add_argument("--healthy", type=flags.whole, help="runs without one (a fifth of --runs)")
-    parser.add_argument("--lr", type=flags.number, default=0.1, help="base learning rate of every run")
-    parser.add_argument("--guards", default="all", help="none, quick (the first four), all, or a list")
+    parser.add_argument("--lr", type=flags.number, default=0.05, help="base learning rate of every run")
+    parser.add_argument("--guards", default="all", help="all, guide, quick (its first four), none, or a list")
     args = parser.parse_args(list(argv))
     return CampaignConfig(
         runs=args.runs,

@@ -14,6 +14,7 @@ from stabilitykit.guards import BatchNormFreeze, GradientClip, Guards
 from trainers.buffer import BufferConfig, ReplayBuffer
 from trainers.checkpoint import read_checkpoint
 from trainers.datasets import DatasetConfig, DatasetSpec, load
+from trainers.guarding import GuardMode
 from trainers.methods.causal_der import CausalConfig, CausalDer
 from trainers.methods.derpp import Derpp
 from trainers.methods.replaying import Der, Er
@@ -49,7 +50,7 @@ class ExperimentConfig:
     seed: int = 0
     batch_size: int = 32
     drop_last: bool = False
-    clip_norm: float = 0.0
+    clip_norm: float | None = 0.0  # None: a limit that follows the run
     command: tuple[str, ...] = ()
     run_dir: Path
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
@@ -70,8 +71,8 @@ class ExperimentConfig:
             raise UsageError(f"--seed: got {self.seed}, expected 0 to {MAX_SEED}")
         if self.batch_size < 1:
             raise UsageError(f"--batch_size: got {self.batch_size}, expected 1 or more")
-        if not 0 <= self.clip_norm < float("inf"):
-            raise UsageError(f"--clip_grad: got {self.clip_norm}, expected 0 (off) or a positive norm")
+        if self.clip_norm is not None and not 0 <= self.clip_norm < float("inf"):
+            raise UsageError(f"--clip_grad: got {self.clip_norm}, expected 0 (off), hold or a positive norm")
 
     @property
     def num_tasks(self) -> int:
@@ -206,7 +207,7 @@ def build_step(config: ExperimentConfig, spec: DatasetSpec, network: Network) ->
     guards = Guards(
         learning_rate=schedule.guard(),
         precision=precision,
-        batch_norm=BatchNormFreeze(network) if config.trainer.freeze_bn else None,
+        batch_norm=batch_norm_guard(config.trainer.freeze_bn, network),
         buffer=buffer.sanitiser,
         isolation=method.isolation,
         validation=config.watch.guard(
@@ -216,10 +217,15 @@ def build_step(config: ExperimentConfig, spec: DatasetSpec, network: Network) ->
             num_classes=spec.num_classes,
             run_dir=config.run_dir,
         ),
-        clip=GradientClip(config.clip_norm) if config.clip_norm else None,
+        clip=None if config.clip_norm == 0 else GradientClip(config.clip_norm),
         replay_weights=method.adaptive,
     )
     return TrainingStep(method, optimizer, schedule, precision, guards)
+
+
+def batch_norm_guard(mode: GuardMode, network: Network) -> BatchNormFreeze | None:
+    """Guard 3, where it is on."""
+    return None if mode == "off" else BatchNormFreeze(network, after_task=0 if mode == "on" else None)
 
 
 def build_method(config: ExperimentConfig, spec: DatasetSpec, schedule: Schedule, parts: tuple[Any, ...]) -> Sgd:

@@ -7,23 +7,35 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from stabilitykit.errors import UsageError
+from trainers.guarding import GuardMode
 
 Values = Mapping[str, object]
 
-# What `--guards` stands for: the flags of each guard when it is off, and when it is on.
+# What `--guards` stands for: the flags of each guard when it is off, and when it stands by, without changing what a
+# healthy run computes.
 GUARDS: Mapping[str, tuple[Values, Values]] = {
-    "lr": ({"use_lr_decay": False}, {"use_lr_decay": True, "lr": 0.005, "optim_wd": 0.0001}),
-    "precision": ({"amp_scope": "replay"}, {"amp_scope": "step", "mixed_precision": "fp32"}),
-    "freeze_bn": ({"freeze_bn": False}, {"freeze_bn": True}),
+    "lr": ({"use_lr_decay": "off"}, {"use_lr_decay": "hold"}),
+    "precision": ({"amp_scope": "replay"}, {"amp_scope": "step"}),
+    "freeze_bn": ({"freeze_bn": "off"}, {"freeze_bn": "hold"}),
     "buffer": ({"sanitise_buffer": False}, {"sanitise_buffer": True, "buffer_audit_every": 50}),
     "isolation": ({"isolate_causal": False}, {"isolate_causal": True}),
     "checks": ({"validate_step": False}, {"validate_step": True, "on_nonfinite": "rollback"}),
-    "clip": ({"clip_grad": 0.0}, {"clip_grad": 1.0}),
-    "replay_weights": ({"adaptive_replay_weights": False}, {"adaptive_replay_weights": True}),
+    "clip": ({"clip_grad": 0.0}, {"clip_grad": None}),
+    "replay_weights": ({"adaptive_replay_weights": "off"}, {"adaptive_replay_weights": "hold"}),
 }
+# What the stability guide prescribes beyond that, to healthy runs as well.
+PRESCRIBED: Mapping[str, Values] = {
+    "lr": {"use_lr_decay": "on", "lr": 0.005, "optim_wd": 0.0001},
+    "precision": {"mixed_precision": "fp32"},
+    "freeze_bn": {"freeze_bn": "on"},
+    "clip": {"clip_grad": 1.0},
+    "replay_weights": {"adaptive_replay_weights": "on"},
+}
+# Its fixes by number: the first four are its quick ones.
+BY_GUIDE: Mapping[str, tuple[str, ...]] = {"guide": tuple(GUARDS), "quick": tuple(GUARDS)[:4]}
 # Mammoth's `--dataset_config`.
 DATASET_CONFIGS: Mapping[str, Values] = {
     "xder": {
@@ -71,6 +83,19 @@ def switch(text: str) -> bool:
     if text not in ("0", "1"):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected 0 or 1")
     return text == "1"
+
+
+def mode(text: str) -> str:
+    """How a guard stands: 0, 1 or hold."""
+    found = {"0": "off", "1": "on"}.get(text, text)
+    if found not in get_args(GuardMode):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected 0, 1 or hold")
+    return found
+
+
+def limit(text: str) -> float | None:
+    """A number; None for hold: a limit that follows the run."""
+    return None if text == "hold" else number(text)
 
 
 def whole(text: str) -> int:
@@ -128,13 +153,27 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(list(argv))
 
 
-def guard_defaults(names: str) -> dict[str, object]:
-    """What `--guards NAMES` sets: the named guards on, all others off."""
-    chosen = {"all": list(GUARDS), "quick": list(GUARDS)[:4], "none": []}.get(names, names.split(","))
+def guard_names(given: str) -> tuple[str, ...]:
+    """The guards that `--guards GIVEN` puts on, in the guide's order.
+
+    Raises:
+        UsageError: one of them is none.
+    """
+    chosen = {"all": tuple(GUARDS), "none": (), **BY_GUIDE}.get(given, tuple(given.split(",")))
     for name in chosen:
         if name not in GUARDS:
-            raise UsageError(f"--guards: got {name!r}, expected all, quick, none, or a list of {', '.join(GUARDS)}")
-    return {flag: value for name, states in GUARDS.items() for flag, value in states[name in chosen].items()}
+            choices = f"all, guide, quick, none, or a list of {', '.join(GUARDS)}"
+            raise UsageError(f"--guards: got {name!r}, expected {choices}")
+    return tuple(name for name in GUARDS if name in chosen)
+
+
+def guard_defaults(given: str) -> dict[str, object]:
+    """What `--guards GIVEN` sets: the guards named as they stand by, or as the guide prescribes; all others off."""
+    chosen = guard_names(given)
+    found = {flag: value for name, states in GUARDS.items() for flag, value in states[name in chosen].items()}
+    if given in BY_GUIDE:
+        found |= {flag: value for name in chosen for flag, value in PRESCRIBED.get(name, {}).items()}
+    return found
 
 
 def _add_run(parser: Parser) -> None:
@@ -216,20 +255,16 @@ def _add_causal(parser: Parser) -> None:
 
 
 def _add_guards(parser: Parser) -> None:
-    table = "; ".join(
-        f"{name} = " + " ".join(f"--{flag} {int(value) if isinstance(value, bool) else value}"
-                                for flag, value in on.items())
-        for name, (_, on) in GUARDS.items()
-    )  # fmt: skip
+    standing = shown({name: on for name, (_, on) in GUARDS.items()})
     group = parser.add_argument_group("the eight guards")
     add = group.add_argument
-    add("--guards", help=f"all, quick (the first four), none, or a list; explicit flags win. {table}")
     add(
-        "--use_lr_decay",
-        default=False,
-        type=switch,
-        help="1: cosine over tasks, floor 10 %%; see also --lr, --optim_wd",
+        "--guards",
+        help=f"all, or a list: {standing}: standing by, they leave a healthy run alone. guide: all eight, with the "
+        f"numbers of the stability guide ({shown(PRESCRIBED)}); quick: its first four; none. Explicit flags win",
     )
+    add("--use_lr_decay", default="off", type=mode, metavar="{0,1,hold}", help="1: cosine over tasks, floor 10 %%; "
+        "hold: the run's own rate, put back whatever changes it")  # fmt: skip
     add("--mixed_precision", default="fp32", type=precision, help="0 or fp32, 1 or bf16, fp16")
     add(
         "--amp_scope", default="step", choices=["step", "replay"], help="replay: half precision in replay forwards only"
@@ -242,7 +277,8 @@ def _add_guards(parser: Parser) -> None:
         const=True,
         help="float32 whatever --mixed_precision says",
     )
-    add("--freeze_bn", default=False, type=switch, help="1: freeze BatchNorm's statistics after the first task")
+    add("--freeze_bn", default="off", type=mode, metavar="{0,1,hold}", help="1: freeze BatchNorm's statistics after "
+        "the first task; hold: put them back where they go bad")  # fmt: skip
     add("--sanitise_buffer", default=True, type=switch, help="0: store whatever comes")
     add("--clamp_logits", default=0.0, type=number, help="clamp stored logits to this magnitude, 0 not at all")
     add("--buffer_audit_every", default=0, type=whole, help="steps between searches for bad slots, 0 never")
@@ -252,5 +288,16 @@ def _add_guards(parser: Parser) -> None:
     add("--record_every", default=0, type=whole, help="steps between records of all tensors, 0 as a 2 %% budget allows")
     add("--max_skips", default=20, type=whole, help="steps lost in a row after which the run ends")
     add("--rollback_lr", default=1.0, type=number, help="share of the learning rate for 20 steps after a rollback")
-    add("--clip_grad", default=0.0, type=number, help="largest gradient norm, 0 for no clipping")
-    add("--adaptive_replay_weights", default=False, type=switch, help="1: alpha, beta fall to 50 %% by the last task")
+    add("--clip_grad", default=0.0, type=limit, help="largest gradient norm, 0 for no clipping, hold for 4 times the "
+        "largest of the last 100 steps")  # fmt: skip
+    add("--adaptive_replay_weights", default="off", type=mode, metavar="{0,1,hold}", help="1: alpha, beta fall to "
+        "50 %% by the last task; hold: put them back whatever changes them")  # fmt: skip
+
+
+def shown(guards: Mapping[str, Values]) -> str:
+    """Guards as the flags they stand for."""
+    words = {True: "1", False: "0", None: "hold", "on": "1", "off": "0"}
+    return "; ".join(
+        f"{name} = " + " ".join(f"--{flag} {words.get(value, value)}" for flag, value in flags.items())  # type: ignore[call-overload]
+        for name, flags in guards.items()
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 
 from stabilitykit.errors import UsageError
-from stabilitykit.guards import LearningRateSchedule, cosine_over_tasks
+from stabilitykit.guards import LearningRateSchedule, cosine_over_tasks, unchanged
 from stabilitykit.guards.learning_rate import FACTOR
+from trainers.guarding import GuardMode, check_mode
 
 OptimizerName = Literal["sgd", "adam", "adamw"]
 
@@ -62,13 +64,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """How the learning rate moves: over tasks (cosine, guard 1), and within a task (steps at epochs)."""
+    """How the learning rate moves: over tasks (guard 1: `on` a cosine, `hold` none), and within one (at epochs)."""
 
-    over_tasks: bool = False
+    over_tasks: GuardMode = "off"
     milestones: tuple[int, ...] = ()
     gamma: float = 0.1
 
     def __post_init__(self) -> None:
+        check_mode("use_lr_decay", self.over_tasks)
         if not 0 < self.gamma <= 1:
             raise UsageError(f"--sched_multistep_lr_gamma: got {self.gamma}, expected above 0 and up to 1")
 
@@ -83,8 +86,12 @@ class Schedule:
 
     def lr(self, task: int, epoch: int = 0) -> float:
         """The learning rate in `epoch` of `task`, both from 0."""
-        over_tasks = cosine_over_tasks(task, self.num_tasks) if self.config.over_tasks else 1.0
-        return self.base_lr * over_tasks * self.within_task(epoch)
+        return self.base_lr * self.share(task, self.num_tasks) * self.within_task(epoch)
+
+    @property
+    def share(self) -> Callable[[int, int], float]:
+        """What a task gets of the base rate."""
+        return cosine_over_tasks if self.config.over_tasks == "on" else unchanged
 
     def within_task(self, epoch: int) -> float:
         """What the milestones leave of a task's rate."""
@@ -92,7 +99,9 @@ class Schedule:
 
     def guard(self) -> LearningRateSchedule | None:
         """Guard 1, where it is on: it holds the rate of the task against whatever else writes to the optimizer."""
-        return LearningRateSchedule(self.base_lr, self.num_tasks) if self.config.over_tasks else None
+        if self.config.over_tasks == "off":
+            return None
+        return LearningRateSchedule(self.base_lr, self.num_tasks, share=self.share)
 
     def apply(self, optimizer: torch.optim.Optimizer, task: int, epoch: int = 0) -> None:
         """Set it, whatever the optimizer held before."""

@@ -16,6 +16,7 @@ from stabilitykit.guards import train_eval_gap
 from stabilitykit.schema import plain
 from trainers.checkpoint import write_checkpoint
 from trainers.evaluation import evaluate, evaluate_unseen
+from trainers.guarding import GuardMode, check_mode
 from trainers.run_state import Position, capture
 from trainers.stream import Stream, TaskSplit
 
@@ -33,17 +34,19 @@ class TrainerConfig:
 
     Attributes:
         num_epochs: per task.
-        freeze_bn: freeze BatchNorm's statistics after the first task (guard 3).
+        freeze_bn: BatchNorm's running statistics (guard 3): `on` freezes them after the first task, `hold` keeps them
+            sound.
         stop_after: tasks to run; 0 for all.
         checkpoint_every: steps between checkpoints, which are also written when a task ends; 0 for those alone.
     """
 
     num_epochs: int = 1
-    freeze_bn: bool = False
+    freeze_bn: GuardMode = "off"
     stop_after: int = 0
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
+        check_mode("freeze_bn", self.freeze_bn)
         if self.num_epochs < 1:
             raise UsageError(f"--n_epochs: got {self.num_epochs}, expected 1 or more")
         if self.stop_after < 0:

@@ -19,6 +19,8 @@ from stabilitykit.guards import all_finite
 from trainers.buffer import BufferConfig
 from trainers.experiment import ExperimentConfig, build_trainer
 from trainers.faults import FAULTS, Fault, Truth
+from trainers.flags import GUARDS
+from trainers.guarding import GuardMode
 from trainers.methods.causal_der import CausalConfig
 from trainers.methods.sgd import ReplayConfig
 from trainers.networks import NetworkConfig
@@ -45,7 +47,8 @@ class Spec:
     fault: str  # one of FAULTS, or `healthy`
     step: int  # before which the fault strikes
     guards: tuple[str, ...]
-    lr: float = 0.1
+    by_guide: bool = False  # with the numbers that the stability guide prescribes
+    lr: float = 0.05
 
     @property
     def twin(self) -> Spec:
@@ -162,21 +165,24 @@ def is_right(named: Named, truth: Truth) -> bool:
 def configure(spec: Spec, run_dir: Path) -> ExperimentConfig:
     """The run of a trial, under its guards; the same learning rate whether guard 1 is on or off."""
     on = set(spec.guards)
+    modes: dict[str, GuardMode] = {
+        name: ("on" if spec.by_guide else "hold") if name in on else "off" for name in GUARDS
+    }
     half = spec.fault == "unscaled_half"
     return ExperimentConfig(
         method="causal-der",
         seed=spec.seed,
         batch_size=48,
         run_dir=run_dir,
-        clip_norm=1.0 if "clip" in on else 0.0,
+        clip_norm={"off": 0.0, "hold": None, "on": 1.0}[modes["clip"]],
         network=NetworkConfig(name=spec.net, pool=2),
         buffer=BufferConfig(minibatch_size=32, sanitise="buffer" in on, audit_every=50 if "buffer" in on else 0),
-        replay=ReplayConfig(beta=1.0, adaptive="replay_weights" in on),
+        replay=ReplayConfig(beta=1.0, adaptive=modes["replay_weights"]),
         causal=CausalConfig(warmup_tasks=1, refresh_every=10, isolate="isolation" in on),
         optimizer=OptimizerConfig(lr=spec.lr, momentum=0.5),
-        schedule=ScheduleConfig(over_tasks="lr" in on, milestones=(1,), gamma=0.1),
+        schedule=ScheduleConfig(over_tasks=modes["lr"], milestones=(1,), gamma=0.1),
         precision=PrecisionConfig(format="fp16" if half else "fp32", whole_step="precision" in on),
-        trainer=TrainerConfig(num_epochs=2, freeze_bn="freeze_bn" in on, stop_after=spec.num_tasks),
+        trainer=TrainerConfig(num_epochs=2, freeze_bn=modes["freeze_bn"], stop_after=spec.num_tasks),
         watch=WatchConfig(
             check="checks" in on,
             on_nonfinite="rollback" if "checks" in on else "record",
@@ -204,7 +210,8 @@ def run_trial(spec: Spec, twins: Path) -> Outcome:
 
 def healthy_twin(spec: Spec, twins: Path) -> dict[str, float]:
     """Accuracies of the run with nothing wrong: looked up, or measured and kept."""
-    path = twins / f"{'-'.join(spec.guards) or 'none'}_{spec.net}_{spec.num_tasks}_{spec.seed}_{spec.lr:g}.json"
+    guards = "-".join(spec.guards) + "-by-guide" * spec.by_guide
+    path = twins / f"{guards or 'none'}_{spec.net}_{spec.num_tasks}_{spec.seed}_{spec.lr:g}.json"
     if path.exists():
         found: dict[str, float] = json.loads(path.read_text())
         return found

@@ -7,9 +7,10 @@ from stabilitykit.guards.clipping import GradientClip
 from stabilitykit.guards.guard import Guard
 from stabilitykit.guards.guards import Guards
 from stabilitykit.guards.isolation import Isolation, isolated
-from stabilitykit.guards.learning_rate import LearningRateSchedule, cosine_over_tasks
+from stabilitykit.guards.learning_rate import LearningRateSchedule
 from stabilitykit.guards.precision import MixedPrecision
-from stabilitykit.guards.replay_weights import AdaptiveReplayWeights, linear_to_half
+from stabilitykit.guards.replay_weights import AdaptiveReplayWeights
+from stabilitykit.guards.shares import cosine_over_tasks, linear_to_half, unchanged
 from stabilitykit.guards.validation import StepValidation
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "label_problem",
     "linear_to_half",
     "train_eval_gap",
+    "unchanged",
 ]

@@ -1,14 +1,18 @@
-"""Guard 3: BatchNorm statistics frozen for good, and the train/eval gap that shows their health."""
+"""Guard 3: BatchNorm statistics kept sound, or frozen for good, and the train/eval gap that shows their health."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, cast
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from stabilitykit.errors import UsageError
+from stabilitykit.guards.checks import measured
 from stabilitykit.guards.guard import Guard
 from stabilitykit.guards.isolation import isolated
 
@@ -38,6 +42,7 @@ class FrozenBatchNorm3d(_Frozen, nn.BatchNorm3d):
     """A BatchNorm3d that normalises with the statistics it was frozen with."""
 
 
+STATISTICS = ("running_mean", "running_var")
 FROZEN: Mapping[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: FrozenBatchNorm1d,
     nn.BatchNorm2d: FrozenBatchNorm2d,
@@ -59,7 +64,7 @@ def freeze_batch_norm(model: nn.Module) -> int:
 
 
 class BatchNormFreeze(Guard):
-    """Freezes BatchNorm statistics after a task, and notices if anything thaws them.
+    """Freezes BatchNorm statistics after a task and notices if anything thaws them; until then it keeps them sound.
 
     `eval()` alone is undone by the next `train()`, and with `track_running_stats=False` set afterwards training and
     evaluation normalise differently. Here the layers stay frozen whatever mode is set:
@@ -68,19 +73,37 @@ class BatchNormFreeze(Guard):
         for task, loader in enumerate(loaders):
             train(model, loader)  # calls model.train() as often as it likes
             freeze.end_task(task)
-        freeze.check()  # whenever it suits: puts back what code has changed by other ways
+        freeze.check()  # between steps: puts back what code has changed by other ways
+
+    Freezing changes what is learnt: scale and shift train against statistics that grow stale, and a learning rate that
+    batch statistics held in check may diverge.  With `after_task=None` no layer is ever frozen; running statistics that
+    are NaN or Inf, jump, or are reset between two checks are put back to the last sound ones, and nothing else changes.
 
     Args:
         model: its BatchNorm layers.
-        after_task: the task after which to freeze.
+        after_task: the task after which to freeze; None to keep statistics sound and freeze nothing.
+        max_jump: how much larger than before (and than 1) the norm of a layer's statistics may be a step later.
+
+    Raises:
+        UsageError: `max_jump` is not above 1.
     """
 
     name: ClassVar[str] = "freeze_bn"
 
-    def __init__(self, model: nn.Module, *, after_task: int = 0, on_event: object | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        after_task: int | None = 0,
+        max_jump: float = 1e3,
+        on_event: object | None = None,
+    ) -> None:
         super().__init__(on_event)
-        self.model, self.after_task = model, after_task
-        self._held: dict[str, tuple[Any, Tensor, Tensor]] = {}
+        if not max_jump > 1:
+            raise UsageError(f"BatchNormFreeze: got max_jump={max_jump}, expected a factor above 1")
+        self.model, self.after_task, self.max_jump = model, after_task, max_jump
+        self._held: dict[str, tuple[Any, Tensor, Tensor]] = {}  # of frozen layers: module, mean, variance
+        self._sound: dict[str, Tensor] = {}  # of the others: the statistics of the last check
 
     def end_task(self, task: int) -> None:
         """Freeze, if `task` is the one."""
@@ -92,7 +115,7 @@ class BatchNormFreeze(Guard):
         count = freeze_batch_norm(self.model)
         self._held = {
             name: (norm, norm.running_mean.clone(), norm.running_var.clone())
-            for name, norm in cast("Iterable[tuple[str, Any]]", self.model.named_modules())
+            for name, norm in _batch_norms(self.model)
             if type(norm) in FROZEN.values()
         }
         if count:
@@ -105,7 +128,23 @@ class BatchNormFreeze(Guard):
         return len(self._held)
 
     def check(self) -> list[str]:
-        """Put back every layer that was thawed, in class, mode or statistics; their names."""
+        """Put back every layer that was thawed, in class, mode or statistics, or whose statistics are not sound.
+
+        Returns:
+            Names of these layers.
+        """
+        return self._freeze_again() + self._keep_sound()
+
+    def state_dict(self) -> dict[str, Any]:
+        """How often it acted, and the statistics it would go back to."""
+        return super().state_dict() | {"sound": {name: entry.clone() for name, entry in self._sound.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put both back."""
+        super().load_state_dict(state)
+        self._sound = {name: entry.clone() for name, entry in state["sound"].items()}
+
+    def _freeze_again(self) -> list[str]:
         thawed = [name for name, (module, mean, var) in self._held.items() if _is_thawed(module, mean, var)]
         for name in thawed:
             module, mean, var = self._held[name]
@@ -118,6 +157,50 @@ class BatchNormFreeze(Guard):
             shown = ", ".join(thawed[:3]) + (", ..." if len(thawed) > 3 else "")
             self.acted(f"frozen BatchNorm thawed: {shown}; put back", modules=thawed, module=thawed[0], phase="state")
         return thawed
+
+    def _keep_sound(self) -> list[str]:
+        """Look at the layers that are not frozen; those put back."""
+        layers = {name: norm for name, norm in _batch_norms(self.model) if name not in self._held}
+        statistics = {f"{name}.{kind}": getattr(norm, kind) for name, norm in layers.items() for kind in STATISTICS}
+        if not statistics:
+            return []
+        known = [self._sound.setdefault(name, entry.detach().clone()) for name, entry in statistics.items()]
+        now, before = measured(statistics.items()), measured(zip(statistics, known, strict=True))
+        bad = {
+            name: reason
+            for (name, _, norm), (_, _, sound) in zip(now, before, strict=True)
+            if (reason := self._why_unsound(norm, sound))
+        }
+        spoilt = [name for name in layers if any(f"{name}.{kind}" in bad for kind in STATISTICS)]
+        with torch.no_grad():
+            for name in spoilt:
+                for kind in STATISTICS:
+                    statistics[f"{name}.{kind}"].copy_(self._sound[f"{name}.{kind}"])
+            torch._foreach_copy_(known, list(statistics.values()))
+        if spoilt:
+            first, reason = next(iter(bad.items()))
+            message = f"BatchNorm statistics: {first} {reason}; {len(spoilt)} layers put back to the last sound ones"
+            self.acted(message, modules=spoilt, module=spoilt[0], tensor=first, phase="state")
+        return spoilt
+
+    def _why_unsound(self, norm: float, sound: float) -> str:
+        """What is wrong with statistics of this norm that had the other one before; empty for nothing."""
+        if not math.isfinite(sound):
+            return ""  # they never were sound: nothing to go back to
+        if not math.isfinite(norm):
+            return f"has a norm of {norm}"
+        if norm > self.max_jump * max(sound, 1.0):
+            return f"jumped from a norm of {sound:.4g} to {norm:.4g}"
+        return f"was reset from a norm of {sound:.4g} to 0" if sound and not norm else ""
+
+
+def _batch_norms(model: nn.Module) -> list[tuple[str, Any]]:
+    """Layers with running statistics, by name."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    ]
 
 
 def _is_thawed(module: Any, mean: Tensor, var: Tensor) -> bool:

@@ -10,15 +10,11 @@ from torch.optim import Optimizer
 
 from stabilitykit.errors import UsageError
 from stabilitykit.guards.guard import Guard
+from stabilitykit.guards.shares import cosine_over_tasks
 
 # Keys of a parameter group, kept there so that they travel with it: what `StepValidation` slows the group down by
 # after a rollback, and the rate this came to.
 FACTOR, COOLED = "lr_factor", "lr_cooled"
-
-
-def cosine_over_tasks(task: int, num_tasks: int, floor: float = 0.1) -> float:
-    """Share of the base learning rate; of ten tasks 0 has 100 %, 2 90.5 %, 5 50 %, 9 the floor of 10 %."""
-    return max(floor, 0.5 * (1 + math.cos(math.pi * task / num_tasks)))
 
 
 class LearningRateSchedule(Guard):
@@ -36,7 +32,7 @@ class LearningRateSchedule(Guard):
     Args:
         base_lr: rate of the first task.
         num_tasks: tasks of the run.
-        share: task, number of tasks -> share of the base rate.
+        share: task, number of tasks -> share of the base rate; `unchanged` only holds it.
 
     Raises:
         UsageError: the rate is not finite and above 0, or there is no task.

@@ -76,12 +76,22 @@ def test_a_seed_decides_everything(tmp_path: Path, model: str) -> None:
     assert first["class_il_matrix"] == second["class_il_matrix"]
 
 
-def test_all_guards_together_finish(tmp_path: Path) -> None:
-    results = run(tmp_path / "run", "--guards", "all", "--backbone", "resnet8", "--pool", "4", "--lr", "0.1")
+def test_the_guides_eight_together_finish_with_batch_norm_frozen(tmp_path: Path) -> None:
+    results = run(tmp_path / "run", "--guards", "guide", "--backbone", "resnet8", "--pool", "4", "--lr", "0.1")
 
     assert results["num_skipped"] == 0
     assert results["guards"]["freeze_bn"] == 1
     assert results["train_eval_gaps"] == [0, 0]
+
+
+def test_all_guards_standing_by_train_the_same_bits_as_none(tmp_path: Path) -> None:
+    flags = ("--model", "derpp", "--backbone", "resnet8", "--pool", "4")
+
+    bare, guarded = (run(tmp_path / guards, *flags, "--guards", guards) for guards in ("none", "all"))
+
+    assert set(guarded["guards"].values()) == {0}
+    assert guarded["last_loss"] == bare["last_loss"]
+    assert guarded["class_il_matrix"] == bare["class_il_matrix"]
 
 
 def test_a_run_that_diverges_under_checks_ends_with_exit_code_1_and_the_step(

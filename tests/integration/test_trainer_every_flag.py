@@ -72,7 +72,7 @@ CHANGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "--graph_order": ("free", ("--graph_sparsity", "0.01")),
     "--graph_sparsity": ("0.02", ()),
     "--irm_weight": ("1.0", ()),
-    "--guards": ("all", ()),
+    "--guards": ("guide", ()),
     "--use_lr_decay": ("1", ("--stop_after", "3")),
     "--mixed_precision": ("bf16", ()),
     "--amp_scope": ("replay", ("--mixed_precision", "bf16")),

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from stabilitykit.errors import UsageError
-from stabilitykit.guards import AdaptiveReplayWeights, Isolation
+from stabilitykit.guards import AdaptiveReplayWeights, Isolation, linear_to_half, unchanged
 from trainers.batch import Batch, Replay
+from trainers.guarding import GuardMode, check_mode
 
 if TYPE_CHECKING:
     from trainers.buffer import ReplayBuffer
@@ -33,7 +34,7 @@ class ReplayConfig:
         temperature: of `kl`.
         draws: 2 independent draws, one a term (the paper), or 1 that both terms share, at two thirds of the cost.
         warmup_tasks: tasks without replay: 1 begins to rehearse when there is something to forget.
-        adaptive: let alpha and beta fall to one half by the last task (guard 8).
+        adaptive: guard 8: `on` lets alpha and beta fall to one half by the last task, `hold` keeps them.
     """
 
     alpha: float = 0.3
@@ -42,9 +43,10 @@ class ReplayConfig:
     temperature: float = 2.0
     draws: int = 2
     warmup_tasks: int = 0
-    adaptive: bool = False
+    adaptive: GuardMode = "off"
 
     def __post_init__(self) -> None:
+        check_mode("adaptive_replay_weights", self.adaptive)
         for name in ("alpha", "beta"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"--{name}: got {getattr(self, name)}, expected a finite number, 0 or more")
@@ -84,7 +86,8 @@ class Sgd:
         self.config = config
         self.num_tasks = num_tasks
         self.isolation: Isolation | None = None  # of computations on the side, where a method has some
-        self.adaptive = AdaptiveReplayWeights(num_tasks) if config.adaptive else None
+        share = linear_to_half if config.adaptive == "on" else unchanged
+        self.adaptive = AdaptiveReplayWeights(num_tasks, share=share) if config.adaptive != "off" else None
 
     def draw(self, batch: Batch) -> Draws | None:
         """What the step replays; None for nothing."""

@@ -6,9 +6,9 @@ import pytest
 
 from stabilitykit.errors import UsageError
 from trainers import ablate
-from trainers.campaign import CampaignConfig, Record, draw, guard_names, parse, summarise
+from trainers.campaign import CampaignConfig, Record, draw, parse, summarise
 from trainers.faults import FAULTS
-from trainers.flags import GUARDS
+from trainers.flags import GUARDS, guard_names
 from trainers.trial import Outcome, Spec
 
 ALL = tuple(GUARDS)

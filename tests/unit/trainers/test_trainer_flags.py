@@ -21,9 +21,9 @@ def test_the_guides_command_is_taken_as_it_stands() -> None:
 
     assert (config.method, config.dataset.name, config.seed) == ("causal-der", "seq-cifar100", 42)
     assert (config.batch_size, config.buffer.size, config.buffer.minibatch_size) == (32, 500, 32)
-    assert (config.replay.alpha, config.replay.beta, config.replay.adaptive) == (0.3, 0.3, True)
+    assert (config.replay.alpha, config.replay.beta, config.replay.adaptive) == (0.3, 0.3, "on")
     assert (config.optimizer.lr, config.optimizer.weight_decay, config.clip_norm) == (0.005, 0.0001, 1.0)
-    assert (config.schedule.over_tasks, config.schedule.milestones, config.schedule.gamma) == (True, (35, 45), 0.2)
+    assert (config.schedule.over_tasks, config.schedule.milestones, config.schedule.gamma) == ("on", (35, 45), 0.2)
     assert config.precision.format == "fp32"
     assert config.trainer.num_epochs == 50
 
@@ -31,23 +31,32 @@ def test_the_guides_command_is_taken_as_it_stands() -> None:
 def test_all_guards_and_no_guards_are_each_others_opposites() -> None:
     guarded, bare = config_of("--guards all"), config_of("--guards none")
 
-    assert (guarded.schedule.over_tasks, bare.schedule.over_tasks) == (True, False)
+    assert (guarded.schedule.over_tasks, bare.schedule.over_tasks) == ("hold", "off")
     assert (guarded.precision.whole_step, bare.precision.whole_step) == (True, False)
-    assert (guarded.trainer.freeze_bn, bare.trainer.freeze_bn) == (True, False)
+    assert (guarded.trainer.freeze_bn, bare.trainer.freeze_bn) == ("hold", "off")
     assert (guarded.buffer.sanitise, bare.buffer.sanitise) == (True, False)
     assert (guarded.causal.isolate, bare.causal.isolate) == (True, False)
     assert (guarded.watch.check, bare.watch.check) == (True, False)
-    assert (guarded.clip_norm, bare.clip_norm) == (1.0, 0.0)
-    assert (guarded.replay.adaptive, bare.replay.adaptive) == (True, False)
+    assert (guarded.clip_norm, bare.clip_norm) == (None, 0.0)
+    assert (guarded.replay.adaptive, bare.replay.adaptive) == ("hold", "off")
+
+
+def test_the_guides_eight_are_its_numbers_and_its_first_four_leave_the_others_off() -> None:
+    guide, quick = config_of("--guards guide"), config_of("--guards quick --lr 0.1")
+
+    assert (guide.schedule.over_tasks, guide.trainer.freeze_bn, guide.replay.adaptive) == ("on", "on", "on")
+    assert (guide.clip_norm, guide.optimizer.lr, guide.optimizer.weight_decay) == (1.0, 0.005, 0.0001)
+    assert (quick.schedule.over_tasks, quick.trainer.freeze_bn, quick.optimizer.lr) == ("on", "on", 0.1)
+    assert (quick.clip_norm, quick.replay.adaptive, quick.watch.check) == (0.0, "off", False)
 
 
 def test_a_list_of_guards_turns_the_others_off_and_explicit_flags_win() -> None:
     config = config_of("--guards clip,lr --lr 0.7 --freeze_bn 1")
 
-    assert config.clip_norm == 1.0
+    assert config.clip_norm is None
     assert config.optimizer.lr == 0.7
-    assert config.schedule.over_tasks
-    assert config.trainer.freeze_bn
+    assert config.schedule.over_tasks == "hold"
+    assert config.trainer.freeze_bn == "on"
     assert not config.buffer.sanitise
 
 
@@ -82,10 +91,10 @@ def test_what_is_ignored_is_said_to_be(flag: str) -> None:
         ("--n_epochs 0", "--n_epochs: got 0, expected 1 or more"),
         ("--stop_after -1", "--stop_after: got -1, expected 0 (all tasks) or more"),
         ("--num_threads -1", "--num_threads: got -1, expected 0 (PyTorch's choice) or more"),
-        ("--freeze_bn yes", "--freeze_bn: got 'yes', expected 0 or 1"),
+        ("--freeze_bn yes", "--freeze_bn: got 'yes', expected 0, 1 or hold"),
         ("--dataset seq-svhn", "--dataset: got 'seq-svhn', expected one of seq-fmnist-mini"),
         ("--model lwf", "--model: got 'lwf', expected one of sgd, joint, er, der, derpp, causal-der"),
-        ("--guards clip,seatbelt", "--guards: got 'seatbelt', expected all, quick, none, or a list of lr"),
+        ("--guards clip,seatbelt", "--guards: got 'seatbelt', expected all, guide, quick, none, or a list of lr"),
         ("--mixed_precision fp8", "--mixed_precision: got 'fp8', expected 0, 1, fp32, bf16 or fp16"),
         ("--on_nonfinite pray", "--on_nonfinite: got 'pray', expected one of raise, skip, rollback, record"),
         ("--use_causal_sampling 7", "--use_causal_sampling: got 7, expected"),

@@ -50,7 +50,7 @@ def norms(trainer: Trainer) -> list[nn.BatchNorm2d]:
 
 
 def test_s1_statistics_stay_frozen_through_evaluation_and_the_next_task(make: MakeTrainer) -> None:
-    trainer = make(trainer=TrainerConfig(freeze_bn=True))
+    trainer = make(trainer=TrainerConfig(freeze_bn="on"))
     take_steps(trainer, 3)
     trainer.end_task(0)
     means = [layer.running_mean.clone() for layer in norms(trainer)]
@@ -62,7 +62,7 @@ def test_s1_statistics_stay_frozen_through_evaluation_and_the_next_task(make: Ma
 
 
 def test_s2_freezing_toggles_no_tracking_flag_and_both_modes_normalise_alike(make: MakeTrainer) -> None:
-    trainer = make(trainer=TrainerConfig(freeze_bn=True))
+    trainer = make(trainer=TrainerConfig(freeze_bn="on"))
     take_steps(trainer, 3)
     trainer.end_task(0)
 
@@ -189,7 +189,7 @@ def test_s13_a_step_that_did_not_count_is_none_and_counted_not_a_loss_of_zero(ma
 
 
 def test_s14_every_task_trains_at_the_schedules_rate_whatever_happened_to_the_optimizer(make: MakeTrainer) -> None:
-    trainer = make(schedule=ScheduleConfig(over_tasks=True), network=NetworkConfig(name="mnistmlp"))
+    trainer = make(schedule=ScheduleConfig(over_tasks="on"), network=NetworkConfig(name="mnistmlp"))
     rates = []
 
     for task in range(5):
@@ -205,7 +205,7 @@ def test_s14_every_task_trains_at_the_schedules_rate_whatever_happened_to_the_op
 def test_s15_a_scoring_that_raises_leaves_every_module_in_its_mode(
     make: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = make(method="causal-der", causal=CausalConfig(refresh_every=1), trainer=TrainerConfig(freeze_bn=True))
+    trainer = make(method="causal-der", causal=CausalConfig(refresh_every=1), trainer=TrainerConfig(freeze_bn="on"))
     take_steps(trainer, 2)
     trainer.end_task(0)
     trainer.begin_task(1)
@@ -323,7 +323,7 @@ def test_s22_a_rollback_keeps_the_rehearsal_memory_and_the_learning_rate(make: M
 
 def test_s23_replay_weights_are_constant_unless_asked_otherwise(make: MakeTrainer) -> None:
     constant = make(replay=ReplayConfig(alpha=0.3, beta=0.4)).step.method
-    falling = make(replay=ReplayConfig(alpha=0.3, beta=0.4, adaptive=True)).step.method
+    falling = make(replay=ReplayConfig(alpha=0.3, beta=0.4, adaptive="on")).step.method
 
     assert [constant.weights(task) for task in (0, 4)] == [(0.3, 0.4)] * 2
     assert falling.weights(4) == pytest.approx((0.15, 0.2))
