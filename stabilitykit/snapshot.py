@@ -120,7 +120,8 @@ class Snapshot:
     @property
     def num_bytes(self) -> int:
         """Memory held by the copies of parameters, buffers, gradients and optimizer states."""
-        copies = ([held for _, held in self.tensors], [held for _, _, held in self.gradients], self.optimizer_states)
+        states = [list(state.values()) for state in self.optimizer_states]  # a key in a path would be printed: a tensor
+        copies = ([held for _, held in self.tensors], [held for _, _, held in self.gradients], states)
         return sum(held.nbytes for _, held in tensors_of(copies) if held.layout == torch.strided)
 
 
@@ -174,7 +175,7 @@ class TrainingState:
         states = spare.optimizer_states if spare else [{} for _ in self.optimizers]
         return Snapshot(
             moment=self.moment(),
-            tensors=tuple((entry, _merge(known.get(entry), entry.detach())) for entry in (*parameters, *buffers)),
+            tensors=tuple((entry, merge(known.get(entry), entry.detach())) for entry in (*parameters, *buffers)),
             buffers=tuple(
                 (owner, name, entry)
                 for module in self.modules
@@ -183,10 +184,10 @@ class TrainingState:
                 if entry is not None
             ),
             gradients=tuple(
-                (entry, _reference(entry.grad), _merge(gradients.get(entry), entry.grad)) for entry in parameters
+                (entry, _reference(entry.grad), merge(gradients.get(entry), entry.grad)) for entry in parameters
             ),
             optimizer_states=tuple(
-                {key: _merge(held.get(key), value) for key, value in optimizer.state.items()}
+                {key: merge(held.get(key), value) for key, value in optimizer.state.items()}
                 for optimizer, held in zip(self.optimizers, states, strict=True)
             ),
             modes=tuple((entry, entry.training) for entry in self._moded),
@@ -338,17 +339,17 @@ def _restore_optimizer(optimizer: Optimizer, states: Mapping[Tensor, Any]) -> No
     for key in [key for key in optimizer.state if key not in states]:
         del optimizer.state[key]
     for key, held in states.items():
-        optimizer.state[key] = _merge(optimizer.state.get(key), held)
+        optimizer.state[key] = merge(optimizer.state.get(key), held)
 
 
-def _merge(old: Any, new: Any) -> Any:
+def merge(old: Any, new: Any) -> Any:
     """A copy of the tree `new`, in the memory of the tensors of `old` where they fit."""
     if isinstance(new, Tensor):
         with torch.no_grad():
             return old.copy_(new) if type(old) is type(new) and _kind(old) == _kind(new) else new.detach().clone()
     if isinstance(new, dict):
         known = old if isinstance(old, dict) else {}
-        return {key: _merge(known.get(key), entry) for key, entry in new.items()}
+        return {key: merge(known.get(key), entry) for key, entry in new.items()}
     return clone_tree(new)
 
 

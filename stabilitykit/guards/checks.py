@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from stabilitykit.errors import NonFiniteError, StabilityKitError, UsageError
-from stabilitykit.measure.norms import combine, ordinary, tensor_norms, transfer
+from stabilitykit.measure.norms import combine, tensor_norms, transfer
 from stabilitykit.measure.summary import bad_rows
-from stabilitykit.measure.values import is_finite, values
+from stabilitykit.measure.values import is_finite, ordinary, values
 from stabilitykit.schema import Phase
 
 FEW = 256  # labels that are brought to the host sooner than their extremes are found

@@ -8,9 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from stabilitykit.measure.values import is_plain, values
-
-_ORDINARY = (Tensor, torch.nn.Parameter)
+from stabilitykit.measure.values import ordinary, values
 
 
 class Norms:
@@ -68,11 +66,6 @@ def transfer(scalars: Sequence[Tensor]) -> list[float]:
 def combine(norms: Iterable[float]) -> float:
     """The L2 norm of the whole from those of its parts; `math.hypot` scales: only the result can overflow."""
     return math.hypot(*norms)
-
-
-def ordinary(tensor: Tensor) -> bool:
-    """Whether kernels take the tensor as it is: no subclass, dense, real, of an ordinary floating dtype."""
-    return type(tensor) in _ORDINARY and is_plain(tensor)
 
 
 def _readable(tensor: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
-_EXACT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes in which aminmax and isfinite work
+EXACT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes in which aminmax and isfinite work
+_ORDINARY = (Tensor, torch.nn.Parameter)
 
 
 def values(tensor: Tensor) -> Tensor | None:
@@ -19,6 +20,8 @@ def values(tensor: Tensor) -> Tensor | None:
     Returns:
         None where there is nothing that could be non-finite or nothing to read: integers, bools, meta and fake tensors.
     """
+    if ordinary(tensor):
+        return tensor.detach().resolve_neg()
     if not (tensor.is_floating_point() or tensor.is_complex()) or not _has_values(tensor):
         return None
     plain = tensor.detach()
@@ -35,18 +38,18 @@ def values(tensor: Tensor) -> Tensor | None:
     if plain.is_neg():
         plain = plain.resolve_neg()
     try:
-        return plain if plain.dtype in _EXACT else plain.float()
+        return plain if plain.dtype in EXACT else plain.float()
     except NotImplementedError:  # a storage-only dtype
         return None
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether every kernel takes the tensor as it is: dense, real, of an ordinary floating dtype."""
+def ordinary(tensor: Tensor) -> bool:
+    """Whether kernels take the tensor as it is: no subclass, dense, real, of an ordinary floating dtype."""
     return (
-        tensor.dtype in _EXACT
-        and tensor.layout == torch.strided
-        and tensor.device.type != "meta"
-        and not tensor.is_nested
+        type(tensor) in _ORDINARY
+        and tensor.dtype in EXACT
+        and tensor.layout is torch.strided
+        and not (tensor.is_meta or tensor.is_nested)
     )
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from stabilitykit.measure.norms import Norms, ordinary, tensor_norms
+from stabilitykit.measure.norms import Norms, tensor_norms
+from stabilitykit.measure.values import ordinary
 
 
 class GradientTracker:

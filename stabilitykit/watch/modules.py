@@ -66,7 +66,8 @@ class ModuleWatch:
         """A module has returned."""
         call = self._calls[name]
         self._calls[name] += 1
-        for position, (_, tensor) in enumerate(tensors_of(output)):
+        tensors = (("", output),) if isinstance(output, Tensor) else tensors_of(output)
+        for position, (_, tensor) in enumerate(tensors):
             label = name if position == 0 else f"{name}[{position}]"
             self._unseen(partial(self._measure, label, name, tensor.detach(), call))
             if tensor.requires_grad and tensor.grad_fn is not None:

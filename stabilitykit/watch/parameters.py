@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from stabilitykit.config import MonitorConfig
 from stabilitykit.measure.norms import combine, tensor_norms, transfer
+from stabilitykit.measure.values import ordinary
 from stabilitykit.schema import Phase, Role
+from stabilitykit.snapshot import merge
 from stabilitykit.watch.rows import RowCollector
 
 
@@ -28,12 +31,22 @@ class ParameterWatch:
     ) -> None:
         self._model, self._optimizers, self._parameters = model, optimizers, parameters
         self._rows, self._config = rows, config
-        self._before: dict[str, Tensor] = {}
+        self._before: Mapping[str, Tensor] = {}
+        self._copies: Mapping[
+            str, Tensor
+        ] = {}  # kept while step after step is recorded: fresh memory costs three times
         self._measured: tuple[int, ...] = ()
 
-    def begin(self, before: Mapping[str, Tensor] | None = None) -> None:
-        """A step starts, or is over; `before`: copies of the parameters as it finds them, if someone holds them."""
-        self._before = dict(before or {})
+    def begin(self, *, recording: bool, before: Mapping[str, Tensor] | None = None) -> None:
+        """A step starts; `before`: copies of the parameters as it finds them, if someone holds them."""
+        self.ended()
+        if before or not recording:
+            self._copies = {}
+        self._before = before or {}
+
+    def ended(self) -> None:
+        """A step is over, whether it came to its end or not."""
+        self._before = {}
         self._measured = ()
 
     def backward_ended(self, micro: int) -> None:
@@ -47,55 +60,56 @@ class ParameterWatch:
         if self._config.gradients and self._gradient_versions() != self._measured:
             self._gradients("gradient_clipped", "clip", micro)
         if not self._before:
-            known = {name: entry for name, entry in self._parameters.items() if not is_lazy(entry)}
-            self._before = {name: entry.detach().clone() for name, entry in known.items()}
+            live = {name: entry.detach() for name, entry in self._parameters.items() if not is_lazy(entry)}
+            self._before = self._copies = merge(self._copies, live)
 
     def step_ended(self, micro: int) -> float:
         """Measure parameters, updates, optimizer state and module buffers; the L2 norm of the whole update."""
-        if self._config.parameters:
-            self._add("parameter", "optimizer", self._parameters, "parameter", micro)
-        norm = self._updates(micro)
-        if self._config.optimizer_state:
-            self._add("optimizer_state", "optimizer", self._optimizer_state(), "optimizer_state", micro)
-        if self._config.module_buffers:
-            buffers = {name: entry for name, entry in self._model.named_buffers() if entry.is_floating_point()}
-            self._add("module_buffer", "state", buffers, "module_buffer", micro)
-        return norm
-
-    def _updates(self, micro: int) -> float:
-        """Measure what the optimizers added, one parameter after another: all of it would be a copy of the model."""
         norms: list[Tensor] = []
-        for name in list(self._before):
-            before, after = self._before.pop(name), self._parameters[name].detach()
-            if before.is_floating_point() and before.layout == after.layout:
-                update = after - before
-                norms += tensor_norms([update])
+        for name, entry in self._parameters.items():  # each with its update, while it lies in the cache
+            if self._config.parameters:
+                self._add("parameter", "optimizer", name, entry, "parameter", micro)
+            update = self._update(name, entry)
+            if update is not None:
                 if self._config.parameters:
-                    self._add("update", "optimizer", {name: update}, "parameter", micro)
+                    self._add("update", "optimizer", name, update, "parameter", micro)
+                norms += tensor_norms([update])
+        if self._config.optimizer_state:
+            for name, entry in self._optimizer_state():
+                self._add("optimizer_state", "optimizer", name, entry, "optimizer_state", micro)
+        if self._config.module_buffers:
+            for name, entry in self._model.named_buffers():
+                if entry.is_floating_point():
+                    self._add("module_buffer", "state", name, entry, "module_buffer", micro)
         return combine(transfer(norms)) if norms else math.nan
 
+    def _update(self, name: str, parameter: Tensor) -> Tensor | None:
+        """What the optimizers added, in the memory of our copy where there is one; None where it cannot be told."""
+        before, after = self._before.get(name), parameter.detach()
+        if before is None or not before.is_floating_point() or before.layout != after.layout:
+            return None
+        ours = self._before is self._copies and ordinary(before)
+        return torch.sub(after, before, out=before) if ours else after - before
+
     def _gradients(self, role: Role, phase: Phase, micro: int) -> None:
-        held = {name: entry.grad for name, entry in self._parameters.items() if entry.grad is not None}
-        self._add(role, phase, held, "parameter", micro)
+        for name, entry in self._parameters.items():
+            if entry.grad is not None:
+                self._add(role, phase, name, entry.grad, "parameter", micro)
 
     def _gradient_versions(self) -> tuple[int, ...]:
         return tuple(entry.grad._version for entry in self._parameters.values() if entry.grad is not None)
 
-    def _optimizer_state(self) -> dict[str, Tensor]:
+    def _optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
         names = {id(entry): name for name, entry in self._parameters.items()}
-        return {
-            f"{names.get(id(parameter), 'parameter')}.{key}": value
-            for optimizer in self._optimizers
-            for parameter, state in optimizer.state.items()
-            for key, value in state.items()
-            if isinstance(value, Tensor) and value.dim() > 0
-        }
+        for optimizer in self._optimizers:
+            for parameter, state in optimizer.state.items():
+                for key, value in state.items():
+                    if isinstance(value, Tensor) and value.dim() > 0:
+                        yield f"{names.get(id(parameter), 'parameter')}.{key}", value
 
-    def _add(self, role: Role, phase: Phase, tensors: Mapping[str, Tensor], kind: str, micro: int) -> None:
-        for name, tensor in tensors.items():
-            if is_lazy(tensor):
-                continue
-            self._rows.add(name, role, phase, tensor.detach(), kind=kind, micro=micro)
+    def _add(self, role: Role, phase: Phase, name: str, tensor: Tensor, kind: str, micro: int) -> None:
+        if not is_lazy(tensor):
+            self._rows.add(name, role, phase, tensor, kind=kind, micro=micro)
 
 
 def named_parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:

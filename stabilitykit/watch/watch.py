@@ -75,13 +75,13 @@ class Watch:
         if recording:
             self._sentinel.refresh()
         self._modules.begin(recording=recording, trailing=trailing)
-        self._tensors.begin()
+        self._tensors.begin(recording=recording)
 
     def begin_again(self, before: Mapping[str, Tensor] | None = None) -> None:
         """A step is run again: judged as the first time, and recorded in full; see `ParameterWatch.begin`."""
         self._sentinel.forget()
         self.begin(recording=True, trailing=False)
-        self._tensors.begin(before)
+        self._tensors.begin(recording=True, before=before)
 
     def read(self, returned: Any, terms: Mapping[str, Tensor | float]) -> Reading:
         """Judge the step: what it returned, the loss terms that were logged, gradients, parameters, module buffers."""
@@ -121,7 +121,7 @@ class Watch:
     def take_rows(self) -> np.ndarray[Any, np.dtype[np.void]] | None:
         """The rows measured since the last call; the step's own are complete with it."""
         if not self._closed:
-            self._tensors.begin()  # it lets go of what the update was measured against
+            self._tensors.ended()  # it lets go of what the update was measured against
         return self._rows.take()
 
     @property

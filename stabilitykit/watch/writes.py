@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from stabilitykit.measure.norms import Norms, ordinary, tensor_norms, transfer
+from stabilitykit.measure.norms import Norms, tensor_norms, transfer
+from stabilitykit.measure.values import ordinary
 
 SMALL = 1 << 18  # values that may be read again before each step: 40 us
 PORTIONS = 16  # of more than that, on the CPU, where memory is slow: one before each step

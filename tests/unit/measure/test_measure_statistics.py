@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stabilitykit.measure.statistics import FIELDS, headroom, statistics
+from stabilitykit.measure.statistics import FIELDS, headroom, measure_each, statistics
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 NARROW = [torch.float8_e4m3fn, torch.float8_e5m2]
@@ -38,8 +39,11 @@ def assert_agrees(tensor: Tensor, numbers: list[float], smallest_normal: float) 
     packed = statistics(tensor)
     assert packed is not None
     assert packed.dtype == torch.float64
-    measured = dict(zip(FIELDS, packed.tolist(), strict=True))
+    assert_described(packed.tolist(), numbers, smallest_normal)
 
+
+def assert_described(packed: list[float], numbers: list[float], smallest_normal: float) -> None:
+    measured = dict(zip(FIELDS, packed, strict=True))
     expected = naive_statistics(numbers, smallest_normal)
     largest = max((abs(number) for number in numbers if math.isfinite(number)), default=0.0)
     for name in FIELDS:
@@ -62,6 +66,17 @@ def test_they_agree_with_the_definition(dtype: torch.dtype, numbers: list[float]
 
     read_as = dtype if dtype in FLOATS else torch.float32  # float8 is widened before it is measured
     assert_agrees(tensor, tensor.double().tolist(), torch.finfo(read_as).tiny)
+
+
+@given(drawn=st.lists(st.lists(ordinary | odd | tiny, min_size=1, max_size=20), min_size=1, max_size=8))
+def test_small_tensors_measured_together_agree_with_the_definition_each(drawn: list[list[float]]) -> None:
+    tensors = [torch.tensor(numbers, dtype=torch.float32) for numbers in drawn]
+
+    together = measure_each(tensors)
+
+    assert together.dtype == np.float64
+    for packed, tensor in zip(together.tolist(), tensors, strict=True):
+        assert_described(packed, tensor.tolist(), torch.finfo(torch.float32).tiny)
 
 
 @given(numbers=st.lists(st.complex_numbers(max_magnitude=1e15, width=64), min_size=1, max_size=15))

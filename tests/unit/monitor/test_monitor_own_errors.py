@@ -16,8 +16,9 @@ import stabilitykit as sk
 FULL = sk.MonitorConfig(report=False, compact=False, cadence=1, optimizer_state=True, audit_every=1, snapshot_every=1)
 
 MEASUREMENTS = {
-    "a row's statistics": "stabilitykit.watch.rows.measure",
-    "the rows of a step": "stabilitykit.watch.rows._row",
+    "a row's measurement": "stabilitykit.watch.rows.ordinary",
+    "the statistics of small tensors": "stabilitykit.watch.rows.measure_each",
+    "the rows of a step": "stabilitykit.watch.rows._Blank.filled",
     "the norms of a trail": "stabilitykit.watch.modules.tensor_norms",
     "the norms of gradients": "stabilitykit.watch.gradients.GradientTracker._norms",
     "the norms of module buffers": "stabilitykit.watch.module_buffers.tensor_norms",
