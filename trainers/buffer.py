@@ -126,7 +126,7 @@ class ReplayBuffer:
     def insert(self, examples: Tensor, labels: Tensor, logits: Tensor, importance: Tensor, task: int) -> None:
         """Offer a batch: un-augmented examples and the logits of the training forward, before the update."""
         rows = self.admitted(examples, labels, logits)
-        accepted = self.policy.accept(self, labels[rows], importance[rows])
+        accepted = self.policy.accept(self, labels.index_select(0, rows), importance.index_select(0, rows))
         if accepted:
             slots = torch.tensor(list(accepted), dtype=torch.int64)
             offers = torch.tensor(list(accepted.values()), dtype=torch.int64)

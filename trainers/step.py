@@ -64,8 +64,9 @@ class TrainingStep:
                 f"batch: got inputs {list(batch.inputs.shape)} with {len(batch.labels)} labels, "
                 f"expected {['B', *stored]} with B labels; check the dataset's shape"
             )
-        wrong = label_problem(batch.labels, self.method.buffer.storage["logits"].shape[1])
-        if wrong and self.guards.validation is not None:
+        if self.guards.validation is None:
+            return
+        if wrong := label_problem(batch.labels, self.method.buffer.storage["logits"].shape[1]):
             raise UsageError(wrong.what)
 
     def begin(self, batch: Batch) -> None:

@@ -157,13 +157,14 @@ class Stream:
 
     def batches(self, session: int, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """One epoch of `session`, shuffled afresh, from batch `skip` on."""
-        members = torch.cat([self.train.members(task) for task in self.tasks_of(session)])
-        owners = torch.cat([torch.full((len(self.train.members(t)),), t) for t in self.tasks_of(session)])
+        found = [(self.train.members(task), task) for task in self.tasks_of(session)]
+        members = torch.cat([rows for rows, _ in found])
+        owners = torch.cat([torch.full_like(rows, task) for rows, task in found])
         order = torch.randperm(len(members), generator=self.order)
         for rows in torch.split(order, self.batch_size)[skip : self.num_batches(session)]:
-            indices = members[rows]
-            examples = self.examples(indices, owners[rows])
-            labels = self.train.split.labels[indices]
+            indices = members.index_select(0, rows)
+            examples = self.examples(indices, owners.index_select(0, rows))
+            labels = self.train.split.labels.index_select(0, indices)
             yield Batch(self.transform(examples), labels, examples, indices, session, epoch)
 
     def examples(self, indices: Tensor, tasks: Tensor) -> Tensor:
