@@ -39,6 +39,7 @@ nanzoo: install
 
 bench: install
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.breakdown
 	$(BIN)/python -m benchmarks.log
 
 reports: install

