@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,8 @@ class ReplayBuffer:
 
     `examples, labels, logits, task_labels, importance, uids, inserted_steps` are views of the filled slots, first
     dimension = slot.  `uids` number the offers of the run and are never reused; `num_steps` counts insertions and is
-    the clock of whatever happens every so many steps.
+    the clock of whatever happens every so many steps.  `preprocess` turns stored examples into the network's input, for
+    whoever compares the network with the stored logits.
     """
 
     examples: Tensor
@@ -75,6 +77,7 @@ class ReplayBuffer:
         self.capacity = config.size
         self.generator = generator
         self.policy = POLICIES[config.policy](num_classes)
+        self.preprocess: Callable[[Tensor], Tensor] | None = None
         self.filled = self.n_seen = self.num_steps = 0
         self.sanitiser = BufferSanitiser(num_classes=num_classes) if config.sanitise else None
         self.storage = {

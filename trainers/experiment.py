@@ -201,6 +201,7 @@ def build_step(config: ExperimentConfig, spec: DatasetSpec, network: Network) ->
     schedule = Schedule(config=config.schedule, base_lr=config.optimizer.lr, num_tasks=spec.num_tasks)
     buffer = ReplayBuffer(config.buffer, spec.shape, spec.num_classes, generator(config.seed, "buffer"))
     transform = Transform(spec, generator(config.seed, "replay augmentation"))
+    buffer.preprocess = transform.normalise
     parts = (network, buffer, transform, precision, config.replay, spec.num_tasks)
     method = build_method(config, spec, schedule, parts)
     optimizer = config.optimizer.build(network)

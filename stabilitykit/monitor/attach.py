@@ -40,6 +40,8 @@ def attach(
         stateful: further objects that a step changes, with `state_dict` and `load_state_dict`; also generators,
             tensors.
         replay_buffer: an object or mapping with tensors `examples, labels, logits`, audited and put back on replay.
+            With a callable `preprocess`, which turns stored examples into the model's input, the drift of the model
+            from the stored logits is recorded too, on a copy of the model.
 
     Returns:
         The Monitor; also a context manager that closes itself.

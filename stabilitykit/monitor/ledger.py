@@ -23,7 +23,7 @@ from stabilitykit.record import Recorder
 from stabilitykit.record.ending import write_ending
 from stabilitykit.record.folder import replace_file
 from stabilitykit.schema import SCALAR_ROW, STEP_ROW, Diagnosis, Ending, Event
-from stabilitykit.watch.buffer import full_audit
+from stabilitykit.watch.buffer import Audit, full_audit, preprocessing
 from stabilitykit.watch.reading import Reading
 
 Rows = np.ndarray[Any, np.dtype[np.void]]
@@ -45,6 +45,7 @@ class Ledger:
         self.task: int | None = None
         self.samples: Sequence[int] | None = None
         self._run_dir, self._config, self._buffer = run_dir, config, replay_buffer
+        self._teacher: nn.Module | None = model
         self._epoch: int | None = None
         self._scalars: dict[str, float | Tensor] = {}
         self._events: list[Event] = []
@@ -175,7 +176,7 @@ class Ledger:
         """Seal the log and say how the run ended."""
         if os.getpid() != self._pid:
             return
-        self._buffer = None
+        self._buffer = self._teacher = None
         self.flush()
         self.run_file.update({"loss_terms": self._loss_terms})
         self.recorder.close()
@@ -220,18 +221,30 @@ class Ledger:
         if self._buffer is None or not every or step % every:
             return None
         try:
-            audit = full_audit(self._buffer)
+            audit = self._full_audit(self._buffer)
         except Exception as error:  # noqa: BLE001 - the caller's object; training goes on
             self.own_error(error)
             return None
         for finding in audit.findings:
-            if (finding.kind, finding.field) not in self._known_findings:
+            # Logits that the network has outgrown are a number to follow, and no warning: it is being trained.
+            if finding.kind != "teacher" and (finding.kind, finding.field) not in self._known_findings:
                 self._known_findings.add((finding.kind, finding.field))
                 data = {"slots": list(finding.slots[:100])}
                 self.event(
                     Event(kind="buffer", severity="warning", subject=finding.field, message=finding.message, data=data)
                 )
         return audit.row
+
+    def _full_audit(self, buffer: object) -> Audit:
+        """The audit, with the drift from stored logits where the buffer says how its examples become inputs."""
+        preprocess = preprocessing(buffer)
+        if preprocess is not None and self._teacher is not None:
+            try:
+                return full_audit(buffer, self._teacher, preprocess=preprocess)
+            except Exception as error:  # noqa: BLE001 - the caller's model and function; the rest can be audited
+                self._teacher = None
+                self.own_error(error)
+        return full_audit(buffer)
 
 
 def _stamped(event: Event) -> Event:

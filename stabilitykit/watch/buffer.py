@@ -113,6 +113,12 @@ def full_audit(
     return Audit(findings, row)
 
 
+def preprocessing(buffer: object) -> Forward | None:
+    """What turns stored examples into the model's input, where the buffer has it as `preprocess`."""
+    found = _entry(buffer, "preprocess")
+    return found if callable(found) else None
+
+
 def bad_slots(buffer: object | None) -> tuple[str, tuple[int, ...]]:
     """The first field of a replay buffer with non-finite slots, and the slots; empty where there is none."""
     for name, tensor in _fields(buffer).items() if buffer is not None else ():

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from stabilitykit import open_run
 from trainers import demo
 from trainers.cli import configure, main
 from trainers.experiment import build_trainer
@@ -23,6 +24,14 @@ def test_a_monitored_run_trains_bit_for_bit_like_a_bare_one(tmp_path: Path, mode
     assert watched["last_loss"] == bare["last_loss"]
     assert watched["class_il_matrix"] == bare["class_il_matrix"]
     assert json.loads((tmp_path / "1" / "run.json").read_text())["results"]["class_il"] == bare["class_il"]
+
+
+def test_a_monitored_run_records_how_far_the_network_has_left_its_stored_logits(tmp_path: Path) -> None:
+    assert main([*SHORT, "--model", "derpp", "--run_dir", str(tmp_path / "run")]) == 0
+
+    buffer = open_run(tmp_path / "run").buffer().query("drift_slots > 0")
+    assert len(buffer) > 0
+    assert (buffer["teacher_drift"] > 0).all()
 
 
 def test_a_monitored_run_that_diverges_prints_the_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
