@@ -151,6 +151,7 @@ def _replay(args: argparse.Namespace) -> dict[str, Any]:
             mode=args.use_causal_sampling,
             weight=args.causal_weight,
             warmup_tasks=args.causal_warmup_tasks,
+            balance=args.causal_balance,
             refresh_every=args.importance_refresh,
             interval=args.causal_eval_interval,
             num_interventions=args.causal_num_interventions,

@@ -241,6 +241,8 @@ def _add_causal(parser: Parser) -> None:
         "3 interventional, 4 influence")  # fmt: skip
     add("--causal_weight", default=0.3, type=number, help="0 draws evenly, 1 by importance alone")
     add("--causal_warmup_tasks", default=2, type=whole, help="tasks over which that weight grows")
+    add("--causal_balance", default="none", help="what importance decides among: none, all stored samples; class, "
+        "those of a class, every class with the same share; past, as class without the present task's")  # fmt: skip
     add("--importance_refresh", default=25, type=whole, help="steps between scorings of the buffer (1, 4), 0 never")
     add("--causal_eval_interval", default=50, type=whole, help="steps between interventions (2, 3)")
     add("--causal_num_interventions", default=32, type=whole, help="candidates of each")

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 FLOOR, CAP = 1e-3, 1.0
+LAST = 1e-9  # of what is drawn only when nothing else is left
 
 
 def heuristic_importance(logits: Tensor, labels: Tensor) -> Tensor:
@@ -52,13 +53,23 @@ def effective_share(probabilities: Tensor) -> float:
     return float(probabilities.sum().square() / probabilities.square().sum() / len(probabilities))
 
 
-def blended_probabilities(importance: Tensor, weight: float) -> Tensor:
+def blended_probabilities(importance: Tensor, weight: float, groups: Tensor | None = None) -> Tensor:
     """p_i = (1 - weight) / N + weight * w_i / sum(w), w the importance within [FLOOR, CAP]; float64.
 
     An importance that is not finite counts as the floor: torch.multinomial refuses NaN, and one bad score must not
     end a run.
+
+    Args:
+        importance: (N,).
+        weight: 0 draws evenly, 1 by importance alone.
+        groups: (N,) int64; every group that is there gets the same share of what goes by importance, and importance
+            decides within it.  Samples of a negative group get next to none of it, unless all of them are.
     """
     known = torch.where(importance.isfinite(), importance, FLOOR).double().clamp(FLOOR, CAP)
+    if groups is not None and (groups >= 0).any():
+        chosen = groups >= 0
+        sums = known.new_zeros(int(groups.max()) + 1).index_add_(0, groups[chosen], known[chosen])
+        known = (known / sums[groups.clamp_min(0)]).where(chosen, LAST)
     return (1 - weight) / len(known) + weight * known / known.sum()
 
 

@@ -61,6 +61,7 @@ CHANGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "--use_causal_sampling": ("0", CAUSAL),
     "--causal_weight": ("0.1", CAUSAL),
     "--causal_warmup_tasks": ("9", CAUSAL),
+    "--causal_balance": ("past", CAUSAL),
     "--importance_refresh": ("0", CAUSAL),
     "--causal_eval_interval": ("4", INTERVENING),
     "--causal_num_interventions": ("16", INTERVENING),

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from trainers.methods.derpp import Derpp
 from trainers.methods.sgd import Draws
 
 NONE, HEURISTIC, HYBRID, INTERVENTIONAL, INFLUENCE = range(5)
+Balance = Literal["none", "class", "past"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,9 @@ class CausalConfig:
         mode: importance, 0 none, 1 heuristic, 2 hybrid, 3 interventional, 4 influence.
         weight: blend between even draws (0) and draws by importance (1).
         warmup_tasks: tasks over which the blend grows.
+        balance: what importance decides among: `none`, all stored samples; `class`, those of a class, each class with
+            the same share; `past`, as `class` without those of the present task, which the stream shows anyway.  With
+            mode 0 samples of a class are then drawn evenly.
         refresh_every: steps between scorings of the whole buffer with the present network (modes 1 and 4); 0 keeps the
             heuristic scores the samples came with.
         interval: steps between interventions (modes 2 and 3), from the second task on.
@@ -60,6 +64,7 @@ class CausalConfig:
     mode: int = HEURISTIC
     weight: float = 0.3
     warmup_tasks: int = 2
+    balance: Balance = "none"
     refresh_every: int = 25
     interval: int = 50
     num_interventions: int = 32
@@ -102,6 +107,8 @@ class CausalConfig:
         ):
             if not 0 <= value < math.inf:
                 raise UsageError(f"--{flag}: got {value}, expected a finite number, 0 or more")
+        if self.balance not in get_args(Balance):
+            raise UsageError(f"--causal_balance: got {self.balance!r}, expected none, class or past")
         if self.graph_order not in get_args(Order):
             raise UsageError(f"--graph_order: got {self.graph_order!r}, expected temporal or free")
 
@@ -138,11 +145,22 @@ class CausalDer(Derpp):
             if self.buffer:
                 self.refresh(batch)
         weight = self.blend(batch.task)
-        return blended_probabilities(self.buffer.importance, weight) if weight and self.buffer else None
+        return self.blended(weight, batch.task) if weight and self.buffer else None
 
     def blend(self, task: int) -> float:
         """Share of the draws that goes by importance."""
-        return warmed_up(self.causal.weight, task, self.causal.warmup_tasks) if self.causal.mode else 0.0
+        weighs = self.causal.mode or self.causal.balance != "none"
+        return warmed_up(self.causal.weight, task, self.causal.warmup_tasks) if weighs else 0.0
+
+    def blended(self, weight: float, task: int) -> Tensor:
+        """Probabilities of the slots in `task`."""
+        scores = self.buffer.importance if self.causal.mode else torch.ones(len(self.buffer))
+        if self.causal.balance == "none":
+            return blended_probabilities(scores, weight)
+        groups = self.buffer.labels
+        if self.causal.balance == "past":
+            groups = groups.where(self.buffer.task_labels != task, -1)
+        return blended_probabilities(scores, weight, groups)
 
     def is_due(self, batch: Batch) -> bool:
         """Whether it is time to score."""
@@ -228,7 +246,7 @@ class CausalDer(Derpp):
         """How far from even the draws are by now, and the task graph."""
         if not self.buffer:
             return {}
-        share = effective_share(blended_probabilities(self.buffer.importance, self.blend(task)))
+        share = effective_share(self.blended(self.blend(task), task))
         graph = self.task_graph(task)
         return {"effective_share": share} | ({} if graph is None else {"task_graph": graph.tolist()})
 

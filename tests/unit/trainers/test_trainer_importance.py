@@ -39,3 +39,29 @@ def test_the_blend_is_a_distribution_whatever_the_scores(importance: list[float]
 def test_the_blend_grows_over_the_first_tasks() -> None:
     assert [warmed_up(0.3, task, 2) for task in range(4)] == pytest.approx([0, 0.15, 0.3, 0.3])
     assert warmed_up(0.3, 0, 0) == 0.3
+
+
+def test_every_class_gets_the_same_share_and_importance_decides_within_it() -> None:
+    importance = torch.tensor([0.9, 0.1, 0.4, 0.4, 0.4, 0.4])
+    labels = torch.tensor([3, 3, 7, 7, 7, 7])
+
+    shares = blended_probabilities(importance, 1.0, labels)
+
+    assert shares.tolist() == pytest.approx([0.45, 0.05, 0.125, 0.125, 0.125, 0.125])
+
+
+def test_what_belongs_to_no_group_is_drawn_only_when_nothing_else_is_left() -> None:
+    shares = blended_probabilities(torch.ones(4), 1.0, torch.tensor([-1, 0, 0, 1]))
+
+    drawn = torch.multinomial(shares, 4, generator=torch.Generator().manual_seed(0))
+
+    assert drawn[-1] == 0
+    assert shares.tolist() == pytest.approx([0, 0.25, 0.25, 0.5], abs=1e-8)
+
+
+def test_where_no_sample_belongs_to_a_group_importance_alone_decides() -> None:
+    importance = torch.tensor([0.2, 0.6])
+
+    assert torch.equal(
+        blended_probabilities(importance, 0.5, torch.tensor([-1, -1])), blended_probabilities(importance, 0.5)
+    )
