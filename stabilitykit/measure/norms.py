@@ -54,8 +54,8 @@ def tensor_norms(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def transfer(scalars: Sequence[Tensor]) -> list[float]:
     """Bring 0-d tensors to the host in one transfer a device."""
-    if all(entry.is_cpu for entry in scalars):  # no transfer; to stack them first would cost five times as much
-        return [entry.item() for entry in scalars]
+    if not scalars:
+        return []
     try:
         return torch.stack(list(scalars)).tolist()
     except RuntimeError:  # several devices

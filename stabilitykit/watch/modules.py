@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabilitykit.config import MonitorConfig
 from stabilitykit.measure.norms import tensor_norms, transfer
 from stabilitykit.snapshot import tensors_of
 from stabilitykit.watch.rows import RowCollector
@@ -24,7 +25,14 @@ class ModuleWatch:
     activations and never fires for outputs that are dictionaries.
     """
 
-    def __init__(self, model: nn.Module, rows: RowCollector, unseen: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: RowCollector,
+        unseen: Callable[[Callable[[], None]], None],
+        config: MonitorConfig,
+    ) -> None:
+        self._config = config
         self.recording = self._trailing = False
         self._trails: tuple[list[_Norm], list[_Norm], list[_Norm]] = ([], [], [])
         self._rows = rows
@@ -81,12 +89,12 @@ class ModuleWatch:
                 self._unseen(partial(self._follow, 0, f"input{path}", tensor.detach()))
 
     def _measure(self, label: str, module: str, tensor: Tensor, call: int) -> None:
-        if self.recording:
+        if self.recording and self._config.outputs:
             self._rows.add(label, "output", "forward", tensor, kind="module", call=call)
         self._follow(1, module, tensor)
 
     def _measure_gradient(self, label: str, module: str, gradient: Tensor, call: int) -> None:
-        if self.recording:
+        if self.recording and self._config.output_gradients:
             self._rows.add(label, "output_gradient", "backward", gradient, kind="module", call=call)
         self._follow(2, module, gradient)
 

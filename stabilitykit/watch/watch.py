@@ -51,7 +51,7 @@ class Watch:
         self._on_error, self._on_update = on_error, on_update
         self._rows = RowCollector(names)
         self._tensors = ParameterWatch(model, optimizers, parameters, self._rows, config)
-        self._modules = ModuleWatch(model, self._rows, self._unseen)
+        self._modules = ModuleWatch(model, self._rows, self._unseen, config)
         self._sentinel = Sentinel(
             model,
             optimizers,

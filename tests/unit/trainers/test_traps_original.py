@@ -305,6 +305,7 @@ def test_o20_every_field_of_the_causal_configuration_is_reached_by_a_flag() -> N
         "--causal_hybrid_candidates": "11", "--causal_num_probes": "12", "--true_micro_steps": "13",
         "--true_temp_lr": "0.14", "--irm_weight": "0.15", "--enable_causal_graph_learning": "0",
         "--graph_order": "free", "--graph_sparsity": "0.16", "--isolate_causal": "0",
+        "--causal_balance": "past",
     }  # fmt: skip
     command = [part for pair in given.items() for part in pair]
 

@@ -39,6 +39,16 @@ def test_gradients_of_outputs_come_in_the_order_of_backward(watched) -> None:
     assert {(row["role"], row["phase"]) for row in rows} == {("output_gradient", "backward")}
 
 
+@pytest.mark.parametrize(("switch", "left"), [("outputs", {"output_gradient"}), ("output_gradients", {"output"})])
+def test_what_the_configuration_leaves_out_is_not_recorded(watched, switch: str, left: set[str]) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
+    watch = watched(model, gradients=False, **{switch: False})
+
+    model(torch.randn(2, 3)).sum().backward()
+
+    assert {row["role"] for row in watch.rows()} == left
+
+
 def test_a_module_called_three_times_has_three_rows_told_apart_by_call(watched) -> None:
     shared = nn.Linear(3, 3)
     model = nn.Sequential(shared)
