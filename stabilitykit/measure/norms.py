@@ -12,20 +12,16 @@ from stabilitykit.measure.values import ordinary, values
 
 
 class Norms:
-    """L2 norms by name, as 0-d tensors until they are brought to the host.
-
-    Norms of tensors on the host are read at once: that is no transfer, and a check may act on them in time.
+    """L2 norms by name, as 0-d tensors until they are brought to the host: all norms of a step together.
 
     Attributes:
         names: of the tensors.
-        pending: 0-d tensors that `finish` waits for; none on the host.
+        pending: 0-d tensors that `finish` waits for.
     """
 
     def __init__(self, names: Sequence[str] = (), norms: Sequence[Tensor] = ()) -> None:
-        self.names = names
-        on_host = all(norm.is_cpu for norm in norms)
-        self.pending: Sequence[Tensor] = () if on_host else norms
-        self._values: Sequence[float] = transfer(norms) if on_host else ()
+        self.names, self.pending = names, norms
+        self._values: Sequence[float] = ()
 
     def finish(self, received: Iterator[float]) -> Mapping[str, float]:
         """The norms by name; takes those it waits for from the front of `received`."""
@@ -37,9 +33,10 @@ class Norms:
         """The norms by name, brought over on their own."""
         return self.finish(iter(transfer(self.pending)))
 
-    @property
     def known_bad(self) -> bool:
-        """Whether one is known to be NaN or Inf without a transfer."""
+        """Whether one is known to be NaN or Inf without a transfer: those on the host are read now."""
+        if self.pending and all(norm.is_cpu for norm in self.pending):
+            self._values, self.pending = transfer(self.pending), ()
         return not math.isfinite(math.hypot(*self._values))
 
 

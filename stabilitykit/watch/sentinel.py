@@ -134,7 +134,7 @@ class Sentinel:
         else:
             self._stepped = True
         self._unseen(partial(self.gradients.update_begins, uncounted=_len_torch_dispatch_stack() > 0))
-        if not self._updating and self.gradients.before.known_bad:
+        if not self._updating and self._norms.in_portions and self.gradients.before.known_bad():
             self._unseen(self._keep_late_writes)
         self._updating = True
         self._unseen(lambda: self._on_optimizer(optimizer))

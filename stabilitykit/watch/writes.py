@@ -18,7 +18,11 @@ PORTIONS = 16  # of more than that, on the CPU, where memory is slow: one before
 
 
 class ParameterNorms:
-    """Compares norms: version counters miss what is written through `.data`, numpy or another process."""
+    """Compares norms: version counters miss what is written through `.data`, numpy or another process.
+
+    Attributes:
+        in_portions: `touched` looks at some of them only, and may miss a write.
+    """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._names, self._tensors = list(parameters), list(parameters.values())
@@ -26,7 +30,7 @@ class ParameterNorms:
         self._pointers: Sequence[int] = ()
         self._after: Sequence[float] = ()  # norms when the last step ended
         portions = _portions(self._tensors)
-        self._in_portions = len(portions) > 1
+        self.in_portions = len(portions) > 1
         self._portions = cycle(portions)
 
     def measure(self) -> Norms:
@@ -46,13 +50,13 @@ class ParameterNorms:
         if not self._after:
             return False
         found = self._differing(next(self._portions))
-        if found and self._in_portions:  # who writes once may write again
-            self._in_portions, self._portions = False, cycle([range(len(self._tensors))])
+        if found and self.in_portions:  # who writes once may write again
+            self.in_portions, self._portions = False, cycle([range(len(self._tensors))])
         return bool(found)
 
     def written(self) -> Mapping[str, Tensor]:
         """Copies of the parameters that are not what they were when the last step ended, if `touched` may miss some."""
-        found = self._differing(range(len(self._tensors))) if self._after and self._in_portions else []
+        found = self._differing(range(len(self._tensors))) if self._after and self.in_portions else []
         return {self._names[index]: self._tensors[index].detach().clone() for index in found}
 
     def _differing(self, indices: Sequence[int]) -> list[int]:
