@@ -103,7 +103,8 @@ class BatchNormFreeze(Guard):
             raise UsageError(f"BatchNormFreeze: got max_jump={max_jump}, expected a factor above 1")
         self.model, self.after_task, self.max_jump = model, after_task, max_jump
         self._held: dict[str, tuple[Any, Tensor, Tensor]] = {}  # of frozen layers: module, mean, variance
-        self._sound: dict[str, Tensor] = {}  # of the others: the statistics of the last check
+        self._sound: dict[str, Tensor] = {}  # of the others: the statistics of the last check, and their norms
+        self._norms: dict[str, float] = {}
 
     def end_task(self, task: int) -> None:
         """Freeze, if `task` is the one."""
@@ -137,11 +138,13 @@ class BatchNormFreeze(Guard):
 
     def state_dict(self) -> dict[str, Any]:
         """How often it acted, and the statistics it would go back to."""
-        return super().state_dict() | {"sound": {name: entry.clone() for name, entry in self._sound.items()}}
+        sound = {name: entry.clone() for name, entry in self._sound.items()}
+        return super().state_dict() | {"sound": sound, "norms": dict(self._norms)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put both back."""
+        """Put all of it back."""
         super().load_state_dict(state)
+        self._norms = dict(state["norms"])
         self._sound = {name: entry.clone() for name, entry in state["sound"].items()}
 
     def _freeze_again(self) -> list[str]:
@@ -164,19 +167,18 @@ class BatchNormFreeze(Guard):
         statistics = {f"{name}.{kind}": getattr(norm, kind) for name, norm in layers.items() for kind in STATISTICS}
         if not statistics:
             return []
-        known = [self._sound.setdefault(name, entry.detach().clone()) for name, entry in statistics.items()]
-        now, before = measured(statistics.items()), measured(zip(statistics, known, strict=True))
-        bad = {
-            name: reason
-            for (name, _, norm), (_, _, sound) in zip(now, before, strict=True)
-            if (reason := self._why_unsound(norm, sound))
-        }
+        now = {name: norm for name, _, norm in measured(statistics.items())}
+        for name, entry in statistics.items():
+            if name not in self._sound or self._sound[name].shape != entry.shape:  # a layer that is new
+                self._sound[name], self._norms[name] = entry.detach().clone(), now[name]
+        bad = {name: reason for name, norm in now.items() if (reason := self._why_unsound(norm, self._norms[name]))}
         spoilt = [name for name in layers if any(f"{name}.{kind}" in bad for kind in STATISTICS)]
         with torch.no_grad():
-            for name in spoilt:
-                for kind in STATISTICS:
-                    statistics[f"{name}.{kind}"].copy_(self._sound[f"{name}.{kind}"])
-            torch._foreach_copy_(known, list(statistics.values()))
+            for label in (f"{name}.{kind}" for name in spoilt for kind in STATISTICS):
+                statistics[label].copy_(self._sound[label])
+                now[label] = self._norms[label]
+            torch._foreach_copy_([self._sound[name] for name in statistics], list(statistics.values()))
+        self._norms |= now
         if spoilt:
             first, reason = next(iter(bad.items()))
             message = f"BatchNorm statistics: {first} {reason}; {len(spoilt)} layers put back to the last sound ones"
