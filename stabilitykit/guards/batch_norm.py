@@ -105,6 +105,7 @@ class BatchNormFreeze(Guard):
         self._held: dict[str, tuple[Any, Tensor, Tensor]] = {}  # of frozen layers: module, mean, variance
         self._sound: dict[str, Tensor] = {}  # of the others: the statistics of the last check, and their norms
         self._norms: dict[str, float] = {}
+        self._layers: Mapping[str, Any] = {}  # whose they are
 
     def end_task(self, task: int) -> None:
         """Freeze, if `task` is the one."""
@@ -168,9 +169,11 @@ class BatchNormFreeze(Guard):
         if not statistics:
             return []
         now = {name: norm for name, _, norm in measured(statistics.items())}
-        for name, entry in statistics.items():
-            if name not in self._sound or self._sound[name].shape != entry.shape:  # a layer that is new
-                self._sound[name], self._norms[name] = entry.detach().clone(), now[name]
+        replaced = {name for name, norm in layers.items() if self._layers.get(name, norm) is not norm}
+        self._layers = layers
+        for label, entry in statistics.items():
+            if label not in self._sound or label.rpartition(".")[0] in replaced:
+                self._sound[label], self._norms[label] = entry.detach().clone(), now[label]
         bad = {name: reason for name, norm in now.items() if (reason := self._why_unsound(norm, self._norms[name]))}
         spoilt = [name for name in layers if any(f"{name}.{kind}" in bad for kind in STATISTICS)]
         with torch.no_grad():

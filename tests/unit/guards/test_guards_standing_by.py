@@ -110,12 +110,13 @@ def test_a_resumed_guard_goes_back_to_the_statistics_it_knew() -> None:
     assert torch.equal(network[1].running_var, sound)
 
 
-def test_a_layer_that_takes_anothers_place_is_no_reset() -> None:
+@pytest.mark.parametrize("width", [6, 8])
+def test_a_layer_that_takes_anothers_place_is_no_reset(width: int) -> None:
     network = normed()
     freeze = BatchNormFreeze(network, after_task=None, on_event=pytest.fail)
     train(network, freeze.check)
 
-    network[0], network[1], network[3] = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+    network[0], network[1], network[3] = nn.Linear(4, width), nn.BatchNorm1d(width), nn.Linear(width, 3)
 
     assert freeze.check() == []
 
