@@ -169,24 +169,28 @@ class BatchNormFreeze(Guard):
         if not statistics:
             return []
         now = {name: norm for name, _, norm in measured(statistics.items())}
-        replaced = {name for name, norm in layers.items() if self._layers.get(name, norm) is not norm}
-        self._layers = layers
-        for label, entry in statistics.items():
-            if label not in self._sound or label.rpartition(".")[0] in replaced:
-                self._sound[label], self._norms[label] = entry.detach().clone(), now[label]
+        self._meet(layers, statistics, now)
         bad = {name: reason for name, norm in now.items() if (reason := self._why_unsound(norm, self._norms[name]))}
         spoilt = [name for name in layers if any(f"{name}.{kind}" in bad for kind in STATISTICS)]
+        labels = [f"{name}.{kind}" for name in spoilt for kind in STATISTICS]
         with torch.no_grad():
-            for label in (f"{name}.{kind}" for name in spoilt for kind in STATISTICS):
+            for label in labels:
                 statistics[label].copy_(self._sound[label])
-                now[label] = self._norms[label]
-            torch._foreach_copy_([self._sound[name] for name in statistics], list(statistics.values()))
-        self._norms |= now
+            torch._foreach_copy_([self._sound[label] for label in statistics], list(statistics.values()))
+        self._norms |= now | {label: self._norms[label] for label in labels}
         if spoilt:
             first, reason = next(iter(bad.items()))
             message = f"BatchNorm statistics: {first} {reason}; {len(spoilt)} layers put back to the last sound ones"
             self.acted(message, modules=spoilt, module=spoilt[0], tensor=first, phase="state")
         return spoilt
+
+    def _meet(self, layers: Mapping[str, Any], statistics: Mapping[str, Tensor], norms: Mapping[str, float]) -> None:
+        """Take the statistics of layers that were not there at the last check for sound."""
+        replaced = {name for name, norm in layers.items() if self._layers.get(name, norm) is not norm}
+        self._layers = layers
+        for label, entry in statistics.items():
+            if label not in self._sound or label.rpartition(".")[0] in replaced:
+                self._sound[label], self._norms[label] = entry.detach().clone(), norms[label]
 
     def _why_unsound(self, norm: float, sound: float) -> str:
         """What is wrong with statistics of this norm that had the other one before; empty for nothing."""
