@@ -94,8 +94,10 @@ def heat_map(wide: pd.DataFrame, repeats: int) -> Figure:
     image = axes.imshow(wide.to_numpy() / repeats, vmin=0, vmax=1, cmap="cividis", aspect="auto")
     axes.set_xticks(range(len(wide.columns)), list(wide.columns), rotation=90)
     axes.set_yticks(range(len(wide)), list(wide.index))
-    axes.set_title(f"Which guard stops which fault: share of {repeats} runs that kept their accuracy", loc="left")
-    figure.colorbar(image, ax=axes, shrink=0.6)
+    runs = "the run" if repeats == 1 else f"share of {repeats} runs"
+    axes.set_title(f"Which guard stops which fault: {runs} that kept its accuracy", loc="left")
+    if repeats > 1:
+        figure.colorbar(image, ax=axes, shrink=0.6)
     return figure
 
 
