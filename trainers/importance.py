@@ -53,6 +53,12 @@ def effective_share(probabilities: Tensor) -> float:
     return float(probabilities.sum().square() / probabilities.square().sum() / len(probabilities))
 
 
+def effective_classes(probabilities: Tensor, labels: Tensor) -> float:
+    """How many classes are drawn, counted by the inverse of Simpson's index: all of them only where all are even."""
+    shares = probabilities.new_zeros(int(labels.max()) + 1).index_add_(0, labels, probabilities / probabilities.sum())
+    return float(1 / shares.square().sum())
+
+
 def blended_probabilities(importance: Tensor, weight: float, groups: Tensor | None = None) -> Tensor:
     """p_i = (1 - weight) / N + weight * w_i / sum(w), w the importance within [FLOOR, CAP]; float64.
 

@@ -19,6 +19,7 @@ from trainers.batch import Batch
 from trainers.graph import Order, task_graph, task_responses
 from trainers.importance import (
     blended_probabilities,
+    effective_classes,
     effective_share,
     head_influence,
     heuristic_importance,
@@ -243,12 +244,17 @@ class CausalDer(Derpp):
         return {"irm": self.causal.irm_weight * irm_penalty(environments)}
 
     def end_task(self, task: int) -> dict[str, Any]:
-        """How far from even the draws are by now, and the task graph."""
+        """How far from even the draws are by now, over samples and over classes, and the task graph."""
         if not self.buffer:
             return {}
-        share = effective_share(self.blended(self.blend(task), task))
+        probabilities, labels = self.blended(self.blend(task), task), self.buffer.labels
+        facts: dict[str, Any] = {
+            "effective_share": effective_share(probabilities),
+            "effective_classes": effective_classes(probabilities, labels),
+            "effective_classes_stored": effective_classes(torch.ones_like(probabilities), labels),
+        }
         graph = self.task_graph(task)
-        return {"effective_share": share} | ({} if graph is None else {"task_graph": graph.tolist()})
+        return facts | ({} if graph is None else {"task_graph": graph.tolist()})
 
     def task_graph(self, task: int) -> Tensor | None:
         """The graph over the tasks learnt so far, all as the present network sees the buffer; None where undefined."""

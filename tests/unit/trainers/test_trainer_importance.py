@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainers.importance import blended_probabilities, heuristic_importance, warmed_up
+from trainers.importance import blended_probabilities, effective_classes, heuristic_importance, warmed_up
 
 
 def test_a_sample_it_gets_wrong_without_being_sure_matters_most() -> None:
@@ -65,3 +65,11 @@ def test_where_no_sample_belongs_to_a_group_importance_alone_decides() -> None:
     assert torch.equal(
         blended_probabilities(importance, 0.5, torch.tensor([-1, -1])), blended_probabilities(importance, 0.5)
     )
+
+
+def test_classes_count_in_full_only_where_they_are_drawn_as_often_as_others() -> None:
+    labels = torch.tensor([2, 2, 5, 5])
+
+    assert effective_classes(torch.ones(4), labels) == pytest.approx(2)
+    assert effective_classes(torch.tensor([0.5, 0.5, 0.0, 0.0]), labels) == pytest.approx(1)
+    assert effective_classes(torch.tensor([0.3, 0.3, 0.2, 0.2]), labels) == pytest.approx(1 / (0.36 + 0.16))
