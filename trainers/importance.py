@@ -55,7 +55,8 @@ def effective_share(probabilities: Tensor) -> float:
 
 def effective_classes(probabilities: Tensor, labels: Tensor) -> float:
     """How many classes are drawn, counted by the inverse of Simpson's index: all of them only where all are even."""
-    shares = probabilities.new_zeros(int(labels.max()) + 1).index_add_(0, labels, probabilities / probabilities.sum())
+    known, places = labels.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    shares = probabilities.new_zeros(len(known)).index_add_(0, places, probabilities / probabilities.sum())
     return float(1 / shares.square().sum())
 
 
@@ -73,9 +74,9 @@ def blended_probabilities(importance: Tensor, weight: float, groups: Tensor | No
     """
     known = torch.where(importance.isfinite(), importance, FLOOR).double().clamp(FLOOR, CAP)
     if groups is not None and (groups >= 0).any():
-        chosen = groups >= 0
-        sums = known.new_zeros(int(groups.max()) + 1).index_add_(0, groups[chosen], known[chosen])
-        known = (known / sums[groups.clamp_min(0)]).where(chosen, LAST)
+        there, places = groups.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        sums = known.new_zeros(len(there)).index_add_(0, places, known)
+        known = (known / sums[places]).where(groups >= 0, LAST)
     return (1 - weight) / len(known) + weight * known / known.sum()
 
 

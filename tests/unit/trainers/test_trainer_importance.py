@@ -73,3 +73,10 @@ def test_classes_count_in_full_only_where_they_are_drawn_as_often_as_others() ->
     assert effective_classes(torch.ones(4), labels) == pytest.approx(2)
     assert effective_classes(torch.tensor([0.5, 0.5, 0.0, 0.0]), labels) == pytest.approx(1)
     assert effective_classes(torch.tensor([0.3, 0.3, 0.2, 0.2]), labels) == pytest.approx(1 / (0.36 + 0.16))
+
+
+def test_labels_that_are_no_classes_end_no_run_here() -> None:
+    labels = torch.tensor([-3, 10**12, 1, 1])
+
+    assert effective_classes(torch.ones(4), labels) == pytest.approx(1 / (0.25**2 + 0.25**2 + 0.5**2))
+    assert float(blended_probabilities(torch.ones(4), 1.0, labels).sum()) == pytest.approx(1)
