@@ -32,9 +32,8 @@ class ParameterWatch:
         self._model, self._optimizers, self._parameters = model, optimizers, parameters
         self._rows, self._config = rows, config
         self._before: Mapping[str, Tensor] = {}
-        self._copies: Mapping[
-            str, Tensor
-        ] = {}  # kept while step after step is recorded: fresh memory costs three times
+        # Kept while step after step is recorded: fresh memory costs three times.
+        self._copies: Mapping[str, Tensor] = {}
         self._measured: tuple[int, ...] = ()
 
     def begin(self, *, recording: bool, before: Mapping[str, Tensor] | None = None) -> None:

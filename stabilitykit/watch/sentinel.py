@@ -134,13 +134,14 @@ class Sentinel:
         else:
             self._stepped = True
         self._unseen(partial(self.gradients.update_begins, uncounted=_len_torch_dispatch_stack() > 0))
-        if not self._updating and self._norms.in_portions and self.gradients.before.known_bad():
+        if not self._updating and self._norms.in_portions:
             self._unseen(self._keep_late_writes)
         self._updating = True
         self._unseen(lambda: self._on_optimizer(optimizer))
 
     def _keep_late_writes(self) -> None:
-        self._late = self._norms.written()
+        if self.gradients.before.known_bad():
+            self._late = self._norms.written()
 
     def _after_update(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         self._unseen(lambda: self._after_optimizer(optimizer))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stabilitykit.measure.norms import Norms
 from stabilitykit.watch.reading import Reading
 
 
@@ -30,6 +31,26 @@ def step(watched):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     watch = watched(model, optimizer)
     return model, optimizer, watch
+
+
+def test_gradients_looked_at_before_an_update_are_looked_at_unseen_and_raise_nothing(
+    watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stabilitykit.watch.writes.SMALL", 0)  # every model is a large one
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watch = watched(model, optimizer)
+    before = model[0].weight.detach().clone()
+
+    def broken(_: Norms) -> bool:
+        raise ArithmeticError("no such norm")
+
+    monkeypatch.setattr(Norms, "known_bad", broken)
+    model(torch.randn(5, 3)).sum().backward()
+    optimizer.step()
+
+    assert str(watch.errors.pop()) == "no such norm"
+    assert not torch.equal(before, model[0].weight)
 
 
 def test_gradient_norms_before_and_after_clipping_are_told_apart(step) -> None:
