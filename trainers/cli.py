@@ -145,6 +145,7 @@ def _replay(args: argparse.Namespace) -> dict[str, Any]:
             temperature=args.kd_temperature,
             draws=args.replay_draws,
             warmup_tasks=args.replay_warmup_tasks,
+            asymmetric_ce=args.asymmetric_ce,
             adaptive=args.adaptive_replay_weights,
         ),
         "causal": CausalConfig(

@@ -202,8 +202,9 @@ def build_step(config: ExperimentConfig, spec: DatasetSpec, network: Network) ->
     buffer = ReplayBuffer(config.buffer, spec.shape, spec.num_classes, generator(config.seed, "buffer"))
     transform = Transform(spec, generator(config.seed, "replay augmentation"))
     buffer.preprocess = transform.normalise
-    parts = (network, buffer, transform, precision, config.replay, spec.num_tasks)
-    method = build_method(config, spec, schedule, parts)
+    classes_of = None if spec.domain else spec.classes_of
+    parts = (network, buffer, transform, precision, config.replay, spec.num_tasks, classes_of)
+    method = build_method(config, schedule, parts)
     optimizer = config.optimizer.build(network)
     guards = Guards(
         learning_rate=schedule.guard(),
@@ -229,7 +230,7 @@ def batch_norm_guard(mode: GuardMode, network: Network) -> BatchNormFreeze | Non
     return None if mode == "off" else BatchNormFreeze(network, after_task=0 if mode == "on" else None)
 
 
-def build_method(config: ExperimentConfig, spec: DatasetSpec, schedule: Schedule, parts: tuple[Any, ...]) -> Sgd:
+def build_method(config: ExperimentConfig, schedule: Schedule, parts: tuple[Any, ...]) -> Sgd:
     """The method by name."""
     kind = METHODS[config.method]
     if not issubclass(kind, CausalDer):
@@ -239,5 +240,4 @@ def build_method(config: ExperimentConfig, spec: DatasetSpec, schedule: Schedule
         causal=config.causal,
         generator=generator(config.seed, "causal"),
         lr=lambda batch: schedule.lr(batch.task, batch.epoch),
-        classes_of=None if spec.domain else spec.classes_of,
     )

@@ -232,6 +232,8 @@ def _add_replay(parser: Parser) -> None:
     add("--kd_temperature", default=2.0, type=number, help="of kl")
     add("--replay_draws", default=2, type=whole, help="1: both terms share a draw")
     add("--replay_warmup_tasks", default=0, type=whole, help="tasks without replay: 1 rehearses from the second on")
+    add("--asymmetric_ce", default=False, type=switch, help="1: the cross-entropy on the stream leaves the classes of "
+        "earlier tasks out (ER-ACE)")  # fmt: skip
 
 
 def _add_causal(parser: Parser) -> None:

@@ -58,6 +58,7 @@ CHANGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "--kd_temperature": ("4", ("--kd", "kl")),
     "--replay_draws": ("1", ()),
     "--replay_warmup_tasks": ("1", ()),
+    "--asymmetric_ce": ("1", ()),
     "--use_causal_sampling": ("0", CAUSAL),
     "--causal_weight": ("0.1", CAUSAL),
     "--causal_warmup_tasks": ("9", CAUSAL),

@@ -118,8 +118,7 @@ class CausalDer(Derpp):
     """DER++ with blended sampling.
 
     Scores live in `buffer.importance`; a generator of their own chooses candidates and probes, so that scoring shifts
-    no other draw.  `classes_of` gives the classes of each task where tasks have their own.  `num_bad_scores` counts
-    scores that were not finite; they weigh as the least important.
+    no other draw.  `num_bad_scores` counts scores that were not finite; they weigh as the least important.
     """
 
     def __init__(
@@ -128,13 +127,11 @@ class CausalDer(Derpp):
         causal: CausalConfig,
         generator: torch.Generator,
         lr: Callable[[Batch], float],
-        classes_of: Callable[[int], range] | None = None,
     ) -> None:
         super().__init__(*parts)
         self.causal = causal
         self.generator = generator
         self.lr = lr
-        self.classes_of = classes_of
         self.twin = copy.deepcopy(self.network).eval()
         self.num_bad_scores = 0
         self.isolation = Isolation(self.network) if causal.isolate else None

@@ -80,7 +80,7 @@ class Er(Replaying):
     def losses(self, batch: Batch, logits: Tensor, draws: Draws | None) -> dict[str, Tensor]:
         """One cross-entropy."""
         labels = batch.labels if draws is None else torch.cat([batch.labels, draws.ce.labels])
-        return {"ce": cross_entropy(logits.float(), labels)}
+        return {"ce": cross_entropy(self.decidable(batch, logits), labels)}
 
 
 class Der(Replaying):

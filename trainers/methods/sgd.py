@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -34,6 +36,8 @@ class ReplayConfig:
         temperature: of `kl`.
         draws: 2 independent draws, one a term (the paper), or 1 that both terms share, at two thirds of the cost.
         warmup_tasks: tasks without replay: 1 begins to rehearse when there is something to forget.
+        asymmetric_ce: the cross-entropy on the stream leaves the classes of earlier tasks out (ER-ACE: Caccia et al.,
+            2022), so that learning new classes does not push old ones down; replays decide among all of them.
         adaptive: guard 8: `on` lets alpha and beta fall to one half by the last task, `hold` keeps them.
     """
 
@@ -43,6 +47,7 @@ class ReplayConfig:
     temperature: float = 2.0
     draws: int = 2
     warmup_tasks: int = 0
+    asymmetric_ce: bool = False
     adaptive: GuardMode = "off"
 
     def __post_init__(self) -> None:
@@ -68,7 +73,10 @@ class Draws(NamedTuple):
 
 
 class Sgd:
-    """The phases of a step that a method decides: what it replays, its loss, what it stores.  Here: nothing but CE."""
+    """The phases of a step that a method decides: what it replays, its loss, what it stores.  Here: nothing but CE.
+
+    `classes_of` gives the classes of each task where tasks have their own.
+    """
 
     def __init__(
         self,
@@ -78,6 +86,7 @@ class Sgd:
         precision: Precision,
         config: ReplayConfig,
         num_tasks: int,
+        classes_of: Callable[[int], range] | None = None,
     ) -> None:
         self.network = network
         self.buffer = buffer
@@ -85,6 +94,7 @@ class Sgd:
         self.precision = precision
         self.config = config
         self.num_tasks = num_tasks
+        self.classes_of = classes_of
         self.isolation: Isolation | None = None  # of computations on the side, where a method has some
         share = linear_to_half if config.adaptive == "on" else unchanged
         self.adaptive = AdaptiveReplayWeights(num_tasks, share=share) if config.adaptive != "off" else None
@@ -101,7 +111,16 @@ class Sgd:
 
     def losses(self, batch: Batch, logits: Tensor, draws: Draws | None) -> dict[str, Tensor]:
         """The terms of the loss, weighted, so that their sum is the loss."""
-        return {"ce": cross_entropy(logits.float(), batch.labels)}
+        return {"ce": cross_entropy(self.decidable(batch, logits), batch.labels)}
+
+    def decidable(self, batch: Batch, logits: Tensor) -> Tensor:
+        """Logits as the cross-entropy sees them, in float32: those of the batch, then those of a replay if any."""
+        logits = logits.float()
+        if not self.config.asymmetric_ce or self.classes_of is None:
+            return logits
+        left = logits.clone()
+        left[: len(batch.labels), : self.classes_of(batch.task).start] = torch.finfo(left.dtype).min
+        return left
 
     def insert(self, batch: Batch, logits: Tensor) -> None:
         """Store what later steps replay, with the logits of the training forward (before the update)."""

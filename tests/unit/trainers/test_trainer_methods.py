@@ -113,3 +113,31 @@ def test_a_buffer_whose_every_slot_has_gone_bad_is_emptied_and_the_step_goes_on(
     assert loss is not None
     assert loss.isfinite()
     assert len(trainer.step.method.buffer) == 32
+
+
+@pytest.mark.parametrize("method", ["sgd", "er", "derpp", "causal-der"])
+def test_the_asymmetric_cross_entropy_of_a_batch_is_that_over_its_own_and_later_classes(
+    tmp_path: Path, method: str
+) -> None:
+    trainer = make_trainer(tmp_path / "run", method, asymmetric_ce=True)
+    batch = next(trainer.stream.batches(2, 0))
+    logits = torch.randn(len(batch.labels), 10, requires_grad=True)
+
+    loss = trainer.step.method.losses(batch, logits, None)["ce"]
+    loss.backward()
+
+    assert batch.task == 2
+    assert torch.equal(loss, cross_entropy(logits[:, 4:], batch.labels - 4))
+    assert not logits.grad[:, :4].any()
+
+
+def test_replays_decide_among_all_classes_beside_an_asymmetric_cross_entropy(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "run", "er", asymmetric_ce=True)
+    method, batch = trainer.step.method, next(trainer.stream.batches(2, 0))
+    draws = method.draw(batch)
+    logits = torch.randn(64, 10)
+
+    loss = method.losses(batch, logits, draws)["ce"]
+
+    own = cross_entropy(logits[:32, 4:], batch.labels - 4)
+    torch.testing.assert_close(loss, (own + cross_entropy(logits[32:], draws.ce.labels)) / 2)
