@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import random
+import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -51,18 +52,44 @@ class RandomStates:
         _NUMPY_STREAM.forget()
 
 
+MT19937_BYTES = 4 * 624 + 4  # of a Mersenne twister: the key and the position in it
+
+
 class _PythonStream:
-    """Python's global random stream: 625 numbers, held once while nobody draws from it."""
+    """Python's global random stream.
+
+    `random.getstate()` makes 625 integers, which costs a small step 20 to 40 us; to read the generator's memory costs
+    0.4. So the call is made when that memory, or the second number of a pair of normals, has changed; and always where
+    the memory is not where CPython has it, which is tried out on a generator of our own first.
+    """
 
     def __init__(self) -> None:
+        self._stream: Any = getattr(random.random, "__self__", None)
+        known = isinstance(self._stream, random.Random) and _holds_its_state(random.Random(0))
+        self._address = id(self._stream) + object.__basicsize__ if known else 0
+        self._seen: tuple[bytes, float | None] = b"", None
         self._state: tuple[Any, ...] = ()
 
     def state(self) -> tuple[Any, ...]:
         """As `random.getstate()`."""
-        state = random.getstate()
-        if state != self._state:
-            self._state = state
+        if not self._address:
+            return random.getstate()
+        seen = ctypes.string_at(self._address, MT19937_BYTES), self._stream.gauss_next
+        if seen != self._seen:
+            self._seen, self._state = seen, random.getstate()
         return self._state
+
+
+def _holds_its_state(generator: random.Random) -> bool:
+    """Whether position and key follow the header of the object in memory, before and after a draw."""
+    if sys.implementation.name != "cpython" or type(generator).__basicsize__ < object.__basicsize__ + MT19937_BYTES:
+        return False
+    for _ in range(2):
+        position, *key = memoryview(ctypes.string_at(id(generator) + object.__basicsize__, MT19937_BYTES)).cast("I")
+        if (*key, position) != generator.getstate()[1]:
+            return False
+        generator.random()
+    return True
 
 
 class _NumpyStream:
@@ -72,8 +99,6 @@ class _NumpyStream:
     address numpy hands out, 0.4. So the call is made when that memory has changed, or where it does not hold all: the
     second number of a pair of legacy normals lies elsewhere.
     """
-
-    MT19937_BYTES = 4 * 624 + 4  # the key and the position in it
 
     def __init__(self) -> None:
         self._memory = b""
@@ -88,7 +113,7 @@ class _NumpyStream:
         generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
         if type(generator) is not np.random.MT19937:
             return np.random.get_state()  # noqa: NPY002
-        memory = ctypes.string_at(generator.ctypes.state_address, self.MT19937_BYTES)
+        memory = ctypes.string_at(generator.ctypes.state_address, MT19937_BYTES)
         if memory != self._memory or self._state[3]:
             self._memory, self._state = memory, np.random.get_state()  # noqa: NPY002
         return self._state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from stabilitykit import snapshot
 from stabilitykit.errors import UsageError
 from stabilitykit.snapshot import Moment, RandomStates, TrainingState, tensors_of
 
@@ -437,3 +439,33 @@ def test_the_second_half_of_a_pair_of_numpy_normals_is_put_back() -> None:
     second = np.random.randn()  # noqa: NPY002
 
     assert first == second == expected
+
+
+@pytest.mark.parametrize("readable", [True, False])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        random.random,
+        lambda: random.gauss(0, 1),
+        lambda: [random.gauss(0, 1) for _ in range(2)],
+        lambda: random.getrandbits(40_000),
+        lambda: random.seed(3),
+        lambda: random.setstate(random.Random(5).getstate()),
+    ],
+)
+def test_pythons_stream_is_read_as_python_gives_it_whatever_moved_it(
+    draw: Callable[[], object], readable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not readable:
+        monkeypatch.setattr(snapshot, "_holds_its_state", lambda _: False)
+    stream = snapshot._PythonStream()
+
+    for _ in range(3):
+        assert stream.state() == random.getstate()
+        draw()
+        assert stream.state() == random.getstate()
+        assert stream.state() is stream.state() or not readable
+
+
+def test_pythons_stream_is_found_in_memory_in_cpython() -> None:
+    assert snapshot._holds_its_state(random.Random(1)) == (sys.implementation.name == "cpython")
