@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import statistics
+import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -220,8 +222,51 @@ def naive_hooks(runner: Runner) -> Iterator[None]:
     yield
 
 
+@contextmanager
+def least(runner: Runner) -> Iterator[None]:
+    """The least that can be done for the checks of every step: no module but this one, nothing general, no diagnosis.
+
+    Random streams noted, norms of the parameters as the step finds them, of the gradients when backward ends and of the
+    parameters it leaves; two transfers to the host, judged; a line of 200 bytes written; hooks that return at once.
+    """
+    parameters: list[Tensor] = list(runner.model.parameters())
+    held: list[Tensor] = []
+    after: list[float] = []
+
+    def backward_ended() -> None:
+        held.extend(torch._foreach_norm([entry.grad for entry in parameters if entry.grad is not None]))
+
+    def accumulated(entry: Tensor) -> None:
+        if entry is parameters[0]:  # the last of these networks' parameters to get its gradient
+            torch.autograd.Variable._execution_engine.queue_callback(backward_ended)
+
+    for module in runner.model.modules():
+        module.register_forward_hook(lambda *_: None)
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(accumulated)  # type: ignore[no-untyped-call]
+
+    with tempfile.TemporaryFile(buffering=0) as log:
+
+        def step(batch: Batch) -> Tensor:
+            streams = torch.get_rng_state()
+            touched = bool(after) and torch.stack(torch._foreach_norm(parameters)).tolist() != after
+            held.clear()
+            loss = runner.plain_step(batch)
+            held.extend(torch._foreach_norm(parameters))
+            *norms, value = torch.stack([*held, loss]).tolist()
+            after[:] = norms[-len(parameters) :]
+            if touched or not math.isfinite(math.hypot(value, *norms)) or not len(streams):
+                raise ArithmeticError
+            log.write(struct.pack("25d", time.time(), value, *norms[:2], *[math.nan] * 21))
+            return loss
+
+        runner.step = step
+        yield
+
+
 VARIANTS: dict[str, Callable[[Runner], Any]] = {
     "bare": bare,
+    "checks at their least": least,
     "sentinel alone": preset(SENTINEL),
     **{name: preset(PRESETS[name]) for name in ("light", "default", "full")},
     "anomaly mode": anomaly_mode,
