@@ -10,18 +10,20 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from stabilitykit.errors import UsageError
 from trainers.checkpoint import NAME
 
 ROOT = Path(__file__).parents[1]
 TICK_SECONDS = 0.2
+MESSAGE_BYTES = 10_000  # the end of what a run complained of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,18 +90,36 @@ def folder_name(method: str) -> str:
 
 def train(arguments: list[str]) -> tuple[int, str]:
     """Run one job to its end, in a process of its own; exit code and the last line of its errors."""
-    process = start(arguments)
-    _, errors = process.communicate()
-    return process.returncode, last_line(errors)
+    running = Running(arguments)
+    running.process.wait()
+    return running.outcome()
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    """A job's process: one thread, since the sweep has a process a core."""
+class Running:
+    """A job's process: one thread, since the sweep has a process a core.
+
+    Attributes:
+        process: it complains into a file, which, unlike a pipe that nobody reads meanwhile, never fills up.
+    """
+
+    def __init__(self, arguments: list[str]) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the outcome
+        self.process = start(arguments, self._errors)
+
+    def outcome(self) -> tuple[int, str]:
+        """Exit code and the last line of its errors, once it has ended."""
+        with self._errors as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - MESSAGE_BYTES))
+            return self.process.wait(), last_line(file.read().decode(errors="replace"))
+
+
+def start(arguments: list[str], errors: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start `python -m trainers` with these arguments."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "trainers", *arguments]
     return subprocess.Popen(  # noqa: S603 - our own interpreter, no shell
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=errors
     )
 
 
@@ -120,24 +140,23 @@ def prepare(job: Job) -> list[str]:
 def run_here(jobs: Sequence[Job], num_processes: int) -> Generator[Outcome | None, None, None]:
     """Run jobs in so many processes; an outcome as each ends, None in between for whoever draws a table."""
     waiting = deque(jobs)
-    running: dict[Job, subprocess.Popen[str]] = {}
+    running: dict[Job, Running] = {}
     try:
         while waiting or running:
             while waiting and len(running) < num_processes:
                 job = waiting.popleft()
-                running[job] = start(prepare(job))
-            for job, process in list(running.items()):
-                if process.poll() is not None:
-                    _, errors = process.communicate()
-                    del running[job]
-                    yield Outcome(job=job, exit_code=process.returncode, message=last_line(errors))
+                running[job] = Running(prepare(job))
+            for job, entry in list(running.items()):
+                if entry.process.poll() is not None:
+                    code, message = running.pop(job).outcome()
+                    yield Outcome(job=job, exit_code=code, message=message)
             yield None
             time.sleep(TICK_SECONDS if running else 0)
     finally:
-        for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.communicate()
+        for entry in running.values():
+            entry.process.terminate()
+        for entry in running.values():
+            entry.outcome()
 
 
 def run_on_ray(jobs: Sequence[Job], address: str) -> Generator[Outcome | None, None, None]:

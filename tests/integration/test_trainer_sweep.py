@@ -83,6 +83,18 @@ def test_a_run_that_fails_is_named_and_the_others_are_reported(
     assert len(pq.read_table(tmp_path / "runs.parquet")) == 1
 
 
+def test_a_run_that_complains_at_length_is_not_held_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONVERBOSE", "1")  # more than a pipe holds
+    running = run_here(plan(["derpp --lr -1"], [0], FLAGS, tmp_path), 1)
+    ends = time.monotonic() + 60
+
+    outcome = next(entry for entry in running if entry is not None or time.monotonic() > ends)
+
+    running.close()
+    assert outcome is not None
+    assert outcome.exit_code == 2
+
+
 def test_what_an_attempt_left_before_its_first_checkpoint_is_cleared(tmp_path: Path) -> None:
     (job,) = plan(["derpp"], [0], [], tmp_path)
     job.folder.mkdir(parents=True)
