@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import json
 import os
 import platform
@@ -149,7 +150,7 @@ def _modules(model: nn.Module) -> Iterable[dict[str, Any]]:
 
 def _source(kind: type[nn.Module]) -> dict[str, Any]:
     """File and line of a module class's forward, for classes of the user's own; nothing for torch's."""
-    code = getattr(kind.forward, "__code__", None)
+    code = getattr(inspect.getattr_static(kind, "forward"), "__code__", None)  # a scripted class has a descriptor
     if kind.__module__.startswith("torch.") or code is None:
         return {}
     return {"file": Site(code.co_filename, code.co_firstlineno).shown, "line": code.co_firstlineno}

@@ -163,6 +163,20 @@ def test_every_kind_of_model_can_be_attached(build: Callable[[], nn.Module], tmp
         assert monitor.diagnosis is None
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+def test_a_model_with_a_scripted_part_can_be_attached_and_trained(tmp_path: Path) -> None:
+    model = nn.Sequential(torch.jit.script(nn.Linear(2, 3)), nn.Linear(3, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    with sk.attach(model, optimizer, tmp_path / "run", config=QUIET) as monitor:
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+
+    assert monitor.step_index == 1
+    modules = json.loads((tmp_path / "run" / "run.json").read_text())["modules"]
+    assert [entry["name"] for entry in modules] == ["", "0", "1"]
+
+
 def test_a_lazy_layer_trains_and_its_faults_are_told(tmp_path: Path) -> None:
     model = nn.Sequential(nn.LazyLinear(2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
