@@ -73,9 +73,14 @@ class GradientTracker:
 
     def _accumulated(self, _parameter: Tensor) -> None:
         if not self._queued:
-            self._queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
+            self._queue()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # where a whole step is compiled, hooks would be as well
+    def _queue(self) -> None:
+        self._queued = True
+        torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _backward_ended(self) -> None:
         self._queued = False
         self.num_backwards += 1

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _DisableFuncTorch
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from stabilitykit.config import MonitorConfig
 from stabilitykit.measure.norms import tensor_norms, transfer
@@ -77,6 +79,9 @@ class ModuleWatch:
         tensors = (("", output),) if isinstance(output, Tensor) else tensors_of(output)
         for position, (_, tensor) in enumerate(tensors):
             label = name if position == 0 else f"{name}[{position}]"
+            if is_functorch_wrapped_tensor(tensor):  # its hooks would see wrappers that are gone when rows are made
+                self._unseen(partial(self._measure_beneath, label, name, tensor, call))
+                continue
             self._unseen(partial(self._measure, label, name, tensor.detach(), call))
             if tensor.requires_grad and tensor.grad_fn is not None:
                 tensor.register_hook(self._gradient_hook(label, name, call))  # type: ignore[no-untyped-call]
@@ -85,13 +90,20 @@ class ModuleWatch:
     def record_inputs(self, inputs: Any) -> None:
         """The model is called."""
         for path, tensor in tensors_of(inputs):
-            if tensor.is_floating_point():
+            if tensor.is_floating_point() and not is_functorch_wrapped_tensor(tensor):
                 self._unseen(partial(self._follow, 0, f"input{path}", tensor.detach()))
 
     def _measure(self, label: str, module: str, tensor: Tensor, call: int) -> None:
         if self.recording and self._config.outputs:
             self._rows.add(label, "output", "forward", tensor, kind="module", call=call)
         self._follow(1, module, tensor)
+
+    def _measure_beneath(self, label: str, module: str, tensor: Tensor, call: int) -> None:
+        """Measure what vmap, grad and the other transforms of torch.func have wrapped: all samples at once."""
+        while is_functorch_wrapped_tensor(tensor):
+            tensor = get_unwrapped(tensor)
+        with _DisableFuncTorch():
+            self._measure(label, module, tensor.detach(), call)
 
     def _measure_gradient(self, label: str, module: str, gradient: Tensor, call: int) -> None:
         if self.recording and self._config.output_gradients:

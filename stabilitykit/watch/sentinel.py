@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._C import _len_torch_dispatch_stack
 from torch.optim import Optimizer
@@ -127,6 +128,7 @@ class Sentinel:
         self._unused_bad &= set(bad)
         return [name for name in bad if name not in self._unused_bad]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_update(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)
         if isinstance(found_inf, Tensor):  # a GradScaler leaves the skip to the fused kernel
@@ -143,6 +145,7 @@ class Sentinel:
         if self.gradients.before.known_bad():
             self._late = self._norms.written()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_update(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         self._unseen(lambda: self._after_optimizer(optimizer))
 

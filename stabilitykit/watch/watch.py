@@ -122,7 +122,11 @@ class Watch:
         """The rows measured since the last call; the step's own are complete with it."""
         if not self._closed:
             self._tensors.ended()  # it lets go of what the update was measured against
-        return self._rows.take()
+        try:
+            return self._rows.take()
+        except Exception as error:  # noqa: BLE001 - a measurement of ours: neither the step's row nor an inquiry waits
+            self._on_error(error)
+            return None
 
     @property
     def largest(self) -> tuple[str, float]:

@@ -218,6 +218,18 @@ class Compiled(Convolutions):
         return nn.functional.cross_entropy(self.compiled(batch[0]), batch[1])
 
 
+class CompiledStep(Convolutions):
+    """The whole step handed to the compiler, which then meets every hook that runs within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.compiler.reset()
+        self.compiled_step = torch.compile(super().step, backend="aot_eager")
+
+    def step(self, batch: Batch) -> Tensor:
+        return self.compiled_step(batch)
+
+
 class CompiledByInductor(Compiled):
     """Compiled to C++."""
 
@@ -273,6 +285,7 @@ WORKLOADS: Mapping[str, type[Workload]] = {
     "adversarial": Adversarial,
     "shared": Shared,
     "compiled": Compiled,
+    "compiled step": CompiledStep,
     "accumulated": Accumulated,
     "autocast": Autocast,
     "scaled": Scaled,
@@ -511,9 +524,10 @@ def number_of_graphs(workload: Workload) -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def test_a_compiled_model_is_compiled_to_the_same_graphs(tmp_path: Path) -> None:
-    expected = number_of_graphs(build(Compiled))
-    workload = build(Compiled)
+@pytest.mark.parametrize("kind", [Compiled, CompiledStep])
+def test_what_is_compiled_is_compiled_to_the_same_graphs(kind: type[Workload], tmp_path: Path) -> None:
+    expected = number_of_graphs(build(kind))
+    workload = build(kind)
 
     with attached(workload, tmp_path / "run"):
         found = number_of_graphs(workload)

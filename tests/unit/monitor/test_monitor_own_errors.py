@@ -153,6 +153,24 @@ def test_a_replay_that_fails_does_not_break_the_run(
     assert monitor.diagnosis.origin.proof != "replayed"
 
 
+@pytest.mark.parametrize("policy", ["record", "skip"])
+def test_a_fault_is_looked_into_although_the_rows_of_its_step_cannot_be_made(
+    policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer, step = training()
+    bad = torch.full((3, 4), torch.nan)
+
+    with sk.attach(model, optimizer, tmp_path / "run", config=FULL, on_nonfinite=policy) as monitor:
+        watched = monitor.replayable(step)
+        watched(torch.randn(3, 4))
+        break_("stabilitykit.watch.rows._Blank.filled", monkeypatch)
+        with pytest.warns(RuntimeWarning, match="ours"):
+            watched(bad)
+
+    assert monitor.diagnosis is not None
+    assert monitor.diagnosis.origin.step == 1
+
+
 def test_scalars_that_are_no_numbers_do_not_break_the_run(tmp_path: Path) -> None:
     model, optimizer, step = training()
 

@@ -220,3 +220,20 @@ def test_the_trail_holds_a_norm_of_all_that_passed_for_want_of_a_replay(watched)
     assert [name for name, _ in outputs] == ["0", "1", ""]
     assert {name for name, _ in gradients} == {"", "1", "0"}
     assert watch.rows() == []
+
+
+def test_outputs_beneath_a_transform_are_measured_with_all_their_samples(watched) -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    watch = watched(model)
+    weights = {name: entry.detach() for name, entry in model.named_parameters()}
+    inputs = torch.randn(5, 3)
+
+    def loss(weights: dict[str, Tensor], row: Tensor) -> Tensor:
+        return torch.func.functional_call(model, weights, (row,)).square().sum()
+
+    torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, inputs)
+
+    rows = {row["name"]: row for row in watch.rows()}
+    assert set(rows) == {"0", ""}
+    assert rows["0"]["numel"] == 10
+    assert rows["0"]["l2"] == pytest.approx(model(inputs).norm().item(), rel=1e-6)
