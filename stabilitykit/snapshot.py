@@ -170,6 +170,8 @@ class TrainingState:
         unique = {id(entry): entry for entry in stateful if not isinstance(entry, nn.Module)}
         self._extras = tuple(_Extra.of(entry) for entry in unique.values())
         self._versioned: list[Tensor] = []
+        self._states: list[Tensor] = []
+        self._states_held: tuple[int, ...] = ()
         self._moded: list[nn.Module] = []
 
     def parameters(self) -> list[Tensor]:
@@ -194,6 +196,7 @@ class TrainingState:
         parameters = self.parameters()
         buffers = [entry for module in self.modules for entry in module.buffers() if not is_lazy(entry)]
         self._versioned = [*parameters, *buffers]
+        self._states_held = ()  # an optimizer may put new tensors into its state
         self._moded = [entry for module in self.modules for entry in module.modules()]
         known = dict(spare.tensors) if spare else {}
         gradients = {entry: held for entry, _, held in spare.gradients} if spare else {}
@@ -245,9 +248,18 @@ class TrainingState:
         moment.random.restore()
 
     def fingerprint(self) -> tuple[int, ...]:
-        """Changes when a tensor of the last capture is written to, or one of a replay buffer, or a mode is set."""
+        """Changes with a write to a captured tensor, an optimizer's state or a replay buffer, and with modes."""
         extras = [tensor for extra in self._extras for tensor in extra.tensors()]
+        held = tuple(number for entry in self.optimizers for number in (id(entry.state), len(entry.state)))
+        if held != self._states_held:  # made in the first update, or loaded
+            states = tensors_of([list(entry.state.values()) for entry in self.optimizers])
+            self._states = [
+                tensor for path, tensor in states if not (path.endswith("['step']") or tensor.is_inference())
+            ]
+            self._states_held = held
         return (
+            *held,
+            sum(map(_VERSION, self._states)),
             sum(map(_VERSION, self._versioned)),
             sum(map(_VERSION, extras)),
             sum(map(_TRAINING, self._moded)),

@@ -70,6 +70,11 @@ class Call:
         return self.name in _READING
 
     @property
+    def gives_number(self) -> bool:
+        """Whether Python gets an element as it is: `item`, `float`."""
+        return self.name == "local_scalar_dense"
+
+    @property
     def is_check(self) -> bool:
         """Whether the result says if values are finite."""
         return self.name in _CHECKING

@@ -20,7 +20,6 @@ _LEAF_PHASES: Mapping[str, Phase] = {
     "gradient": "backward",
     "optimizer_state": "optimizer",
     "hyperparameter": "optimizer",
-    "literal": "data",
     "unknown": "data",
 }
 
@@ -38,13 +37,12 @@ class Context:
     hyperparameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by parameter name
     optimizer: str = ""
     loss_was_finite: bool = False
-    bad_numbers: Sequence[str] = ()  # Python numbers in the batch that are not finite, by path
 
 
 def conclude(finding: Finding, context: Context) -> Diagnosis:
     """The diagnosis of one finding."""
-    phase = _phase(finding, context)
-    tensor = _tensor(finding, phase, context)
+    phase = _phase(finding)
+    tensor = _tensor(finding, phase)
     samples, samples_are = _samples(finding, phase, context)
     origin = _origin(finding, phase, tensor, samples, context)
     evidence = Evidence(
@@ -92,14 +90,12 @@ def _origin(finding: Finding, phase: Phase, tensor: str, samples: tuple[int, ...
     )
 
 
-def _phase(finding: Finding, context: Context) -> Phase:
+def _phase(finding: Finding) -> Phase:
     source = finding.origin
     if isinstance(source, Leaf):
         return _LEAF_PHASES[source.kind]
     if source.phase != "forward":
         return source.phase
-    if source.scalar and context.bad_numbers:
-        return "data"
     role = finding.symptom.role
     if role == "module_buffer":
         return "state"
@@ -107,15 +103,13 @@ def _phase(finding: Finding, context: Context) -> Phase:
     return by_hand.get(role, source.phase) if source.aside else source.phase
 
 
-def _tensor(finding: Finding, phase: Phase, context: Context) -> str:
+def _tensor(finding: Finding, phase: Phase) -> str:
     """The parameter, module buffer, gradient or batch entry the phase is about."""
     source = finding.origin
     if isinstance(source, Leaf) and phase != "optimizer":
         return source.name
     if phase in ("optimizer", "clip", "state"):
         return finding.symptom.name or (source.writes if isinstance(source, Operation) else source.name)
-    if phase == "data":  # a Python number
-        return next(iter(context.bad_numbers), "")
     return finding.symptom.name if phase == "backward" and finding.symptom.role.startswith("gradient") else ""
 
 

@@ -17,7 +17,6 @@ LeafKind = Literal[
     "gradient",
     "optimizer_state",
     "hyperparameter",
-    "literal",
     "unknown",
 ]
 

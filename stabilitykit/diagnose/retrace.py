@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from stabilitykit.diagnose.graph import Trace
 from stabilitykit.diagnose.labels import Labels
+from stabilitykit.diagnose.numbers import bad_numbers, batch_leaf, watching_exports
 from stabilitykit.diagnose.trace import Tracer, watching_backward
 from stabilitykit.measure.values import is_finite
-from stabilitykit.snapshot import BUFFER_FIELDS, leaves_of, tensors_of
+from stabilitykit.snapshot import BUFFER_FIELDS, tensors_of
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ def retrace(
     labels = _label(subject, args, kwargs)
     names = {id(module): name for name, module in subject.model.named_modules()}
     tracer = Tracer(labels, names, subject.parameters)
+    for path, tensor in bad_numbers((args, dict(kwargs))):
+        tracer.hand_out(batch_leaf(batch_name(path), tensor), nan=bool(tensor.isnan().any()))
     finite_before = {name: is_finite(buffer) for name, buffer in subject.model.named_buffers()}
     returned, error, stepped = None, None, [False]
     with _plugged(tracer, stepped), torch.compiler.set_stance("force_eager"):
@@ -102,12 +104,6 @@ def batch_name(path: str) -> str:
     return path.removeprefix("[1]").strip("[]'") if path.startswith("[1]") else "argument" + path.removeprefix("[0]")
 
 
-def bad_numbers(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-    """Where in the batch there are Python numbers that are not finite."""
-    found = leaves_of((args, dict(kwargs)), float)
-    return tuple(batch_name(path) for path, number in found if not math.isfinite(number))
-
-
 @contextmanager
 def _plugged(tracer: Tracer, stepped: list[bool]) -> Iterator[None]:
     def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -126,6 +122,7 @@ def _plugged(tracer: Tracer, stepped: list[bool]) -> Iterator[None]:
         stack.callback(register_module_forward_hook(tracer.leave_module, always_call=True).remove)
         stack.callback(register_optimizer_step_pre_hook(before_step).remove)  # of any optimizer, known to us or not
         stack.callback(register_optimizer_step_post_hook(lambda *_: tracer.leave_optimizer()).remove)
+        stack.enter_context(watching_exports(tracer.exported))
         stack.enter_context(watching_backward(before_backward, tracer.backward_ended))
         yield
 

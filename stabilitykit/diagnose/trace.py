@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,28 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stabilitykit.diagnose.arguments import Call
 from stabilitykit.diagnose.graph import Edge, Operation, Source, Symptom, Trace
 from stabilitykit.diagnose.labels import Labels, storage_key
+from stabilitykit.diagnose.numbers import Numbers
 from stabilitykit.diagnose.site import NOWHERE, Caller, Site, find_caller
+from stabilitykit.diagnose.storages import Storages, has_nan
 from stabilitykit.measure.summary import bad_rows, summarise
-from stabilitykit.measure.values import is_finite, values
+from stabilitykit.measure.values import is_finite
 from stabilitykit.schema import Phase
 
 LARGE = 65_536  # numbers of a tensor that is described in full only where it may be an origin
 CHECK_DISTANCE = 4  # operations from `isnan(x)` through `any` and `not` to the number that Python reads
-
-
-@dataclass(slots=True, eq=False)
-class _Storage:
-    """What is known of one storage.  The weak reference keeps its address from being given to another."""
-
-    reference: StorageWeakRef
-    source: Source | None  # None: finite throughout
-    gradient: bool = False  # a parameter's gradient, or computed from one after backward
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +49,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.num_operations = 0
         self._module_names = module_names
         self._parameters = parameters
-        self._storages: dict[int, _Storage] = {}
+        self._storages = Storages(labels)
+        self._numbers = Numbers()
         self._forwards: dict[int, _Forward] = {}
-        self._stack: list[str | None] = []
+        self._stack: list[tuple[str | None, int]] = []  # a module's name, and the next autograd node's number by then
         self._updating = self._after_backward = False
         self._failed: tuple[int, Source | None] = (-1, None)  # index of an operation, and what was bad in it
         self._checked: tuple[int, Source | None] = (-1, None)
@@ -78,7 +72,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def enter_module(self, module: nn.Module, _inputs: object) -> None:
         """A module's forward starts."""
-        self._stack.append(self._module_names.get(id(module)))
+        self._stack.append((self._module_names.get(id(module)), torch._C._autograd._get_sequence_nr()))
 
     def leave_module(self, _module: nn.Module, _inputs: object, _output: object) -> None:
         """A module's forward has ended, or has raised."""
@@ -123,18 +117,18 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for name, parameter in self._parameters.items():
                 if parameter.grad is not None:
                     self.notice(role, name, parameter.grad)
-                    storage = self._storage(parameter.grad)
+                    storage = self._storages.of(parameter.grad)
                     if storage is not None:
                         storage.gradient = True
 
     def notice(self, role: str, name: str, tensor: Tensor, *, written: bool = False) -> None:
         """Make a symptom of `tensor` if it is not finite; with `written`, only if the step itself has made it so."""
         with self.paused():
-            storage = self._storage(tensor)
-            if storage is None or storage.source is None or is_finite(tensor):
-                return
-            if not written or isinstance(storage.source, Operation):
-                self.symptoms.append(Symptom(role, name, storage.source))  # type: ignore[arg-type]
+            self.symptoms += [
+                Symptom(role, name, source)  # type: ignore[arg-type]
+                for source, _ in self._storages.sources(tensor)
+                if not written or isinstance(source, Operation)
+            ]
 
     def notice_error(self, error: Exception) -> None:
         """Make a symptom of what an exception is about: the operation that raised, or a check that was read last."""
@@ -145,6 +139,17 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             source = check if told else None
         if source is not None:
             self.symptoms.append(Symptom("error", type(error).__name__, source))
+
+    def hand_out(self, source: Source, *, nan: bool) -> None:
+        """Python holds a non-finite number or array."""
+        self._numbers.hand_out(source, nan=nan)
+
+    def exported(self, tensor: Tensor) -> None:
+        """A tensor becomes an array or a list, perhaps to come back."""
+        if not self._paused:
+            with self.paused():
+                for source, nan in self._storages.sources(tensor):
+                    self.hand_out(source, nan=nan)
 
     def result(self) -> Trace:
         """What has been gathered so far."""
@@ -159,65 +164,97 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._paused or func.namespace == "profiler":
             return func(*args, **kwargs)
         call = Call(func, args, kwargs)
-        edges = [self._edge(call, argument, tensor) for argument, tensor in call.inputs]
+        edges = [self._edges(call, argument, tensor) for argument, tensor in call.inputs]
+        back = self._back_from_python(call)
         watched = self._finite_module_buffers(call)
         kept = call.keep_overwritten(watched)
         self.num_operations += 1
         try:
             result = func(*args, **kwargs)
         except Exception:
-            self._failed = self.num_operations, next((edge.source for edge in edges if edge is not None), None)
+            self._failed = self.num_operations, next((edge.source for found in edges for edge in found), None)
             raise
-        self._observe(call, result, edges, kept, watched)
+        if call.name == "lift_fresh":
+            self._lifted(call, result)
+        else:
+            self._observe(call, result, edges, back, kept, watched)
         return result
 
     def _observe(
-        self, call: Call, result: Any, edges: list[Edge | None], kept: Mapping[int, Tensor], watched: Sequence[Tensor]
+        self,
+        call: Call,
+        result: Any,
+        edges: Sequence[Sequence[Edge]],
+        back: Sequence[Edge],
+        kept: Mapping[int, Tensor],
+        watched: Sequence[Tensor],
     ) -> None:
         derived = self._derives_from_gradient(call)
         for group in call.groups(result):
-            found = [edges[position] for position in group.inputs if edges[position] is not None]
+            found = [edge for position in group.inputs for edge in edges[position]] + list(back)
             bad = [tensor for tensor in group.written if not is_finite(tensor)]
             operation = self._operation(call, found, bad, group.inputs, kept, derived) if bad else None
             for tensor in group.written:
-                self._wrote(tensor, operation if operation and not is_finite(tensor) else None, derived)
-        if call.is_check and (source := next((edge.source for edge in edges if edge), None)):
+                self._storages.wrote(tensor, None if is_finite(tensor) else operation, gradient=derived)
+        if call.is_check and (source := next((edge.source for found in edges for edge in found), None)):
             self._checked = self.num_operations, source
         if call.is_read:
             self._read = self.num_operations
+        if call.gives_number:
+            for edge in (edge for found in edges for edge in found):
+                self.hand_out(edge.source, nan=edge.nan)
         broken = [tensor for tensor in watched if not is_finite(tensor)]
         if broken:
-            found = [edge for edge in edges if edge is not None]
+            found = [edge for entry in edges for edge in entry]
             operation = self._operation(call, found, broken, range(len(edges)), kept, derived)
             for tensor in broken:
-                self._wrote(tensor, operation, derived)
+                self._storages.wrote(tensor, operation, gradient=derived)
         self._remember_forward(call)
+
+    def _back_from_python(self, call: Call) -> Sequence[Edge]:
+        """What a non-finite number among the arguments was, before Python had it.
+
+        An Inf that is only put in place (a mask's) and an optimizer's hyperparameters are nobody's result.
+        """
+        argument, _, number = call.nonfinite_scalar.partition("=")
+        nan = number == "nan"
+        if not number or self._updating or (call.places_constant and not nan):
+            return ()
+        found = self._numbers.origin_of(nan=nan)
+        return [Edge(argument, *found)] if found is not None else ()
+
+    def _lifted(self, call: Call, tensor: Tensor) -> None:
+        """An array, a list or a number became a tensor."""
+        if is_finite(tensor):
+            return
+        nan = has_nan(tensor)
+        found = self._numbers.origin_of(nan=True) if nan else self._numbers.in_batch(summarise(tensor, "data"))
+        edges = [Edge("data", *found)] if found is not None else []
+        operation = self._operation(call, edges, [tensor], (), {}, derived=False)
+        self._storages.wrote(tensor, operation, gradient=False)
 
     def _remember_forward(self, call: Call) -> None:
         """Note what the newest autograd node differentiates: nodes are numbered just before their kernel is dispatched.
 
         Inside a custom Function's forward, where gradients are off, the newest node is the Function's own.
         """
-        if call.name == "lift_fresh":
-            self.labels.add("literal", "", call.inputs[0][1])
         if self._updating or not (call.differentiable or not torch.is_grad_enabled()):
             return
         sequence = torch._C._autograd._get_sequence_nr() - 1
         if sequence not in self._forwards:
-            self._forwards[sequence] = _Forward(call.name, self._module(), find_caller().site)
+            self._forwards[sequence] = _Forward(call.name, self._module(sequence), find_caller().site)
 
     def _operation(
         self,
         call: Call,
-        edges: Sequence[Edge | None],
+        edges: Sequence[Edge],
         bad: Sequence[Tensor],
         positions: Sequence[int],
         kept: Mapping[int, Tensor],
         derived: bool,
     ) -> Operation:
         first = bad[0]  # further outputs may be work space that was never written
-        known = [edge for edge in edges if edge is not None]
-        may_be_origin = not any(edge.nan for edge in known)
+        may_be_origin = not any(edge.nan for edge in edges)
         output = summarise(first, "output", brief=not may_be_origin and first.numel() > LARGE)
         caller = find_caller()
         phase = self._phase(call, caller, derived)
@@ -234,7 +271,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             output=output,
             site=site,
             node=node.name() if node is not None else "",
-            edges=known,
+            edges=list(edges),
             inputs=call.evidence(positions, kept) if may_be_origin else (),
             places_constant=call.places_constant and output.nan == 0,
             scalar=call.nonfinite_scalar,
@@ -242,7 +279,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             aside=self._after_backward and not call.differentiable,
             writes=self._written_name(bad),
         )
-        if not known and first.dtype in (torch.float16, torch.bfloat16):
+        if not edges and first.dtype in (torch.float16, torch.bfloat16):
             operation.exact_absmax = call.absmax_in_float64(kept)
         return operation
 
@@ -256,62 +293,43 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         written = [self.labels.kind(tensor) for tensor in call.overwritten]
         return "optimizer" if "parameter" in written and not torch.is_grad_enabled() else "forward"
 
-    def _module(self) -> str:
-        return next((name for name in reversed(self._stack) if name is not None), "")
+    def _module(self, node: int = sys.maxsize) -> str:
+        """The innermost module, of those entered before `node` was made: a custom Function may call modules of its own.
+
+        Where checkpointing runs a function again, that in which it was first called.
+        """
+        inner = next((name for name, entered in reversed(self._stack) if name is not None and entered <= node), "")
+        if inner or torch._C._current_graph_task_id() == -1:
+            return inner
+        forward = self._forwards.get(torch._C._current_autograd_node()._sequence_nr())
+        return forward.module if forward is not None else ""
 
     def _written_name(self, bad: Sequence[Tensor]) -> str:
         for tensor in bad:
             if name := self.labels.name(tensor):
                 return name
-            key = storage_key(tensor)
-            storage = self._storages.get(key) if key is not None else None
+            storage = self._storages.known(tensor)
             if storage is not None and storage.gradient:
+                key = storage_key(tensor)
                 gradients = ((n, p.grad) for n, p in self._parameters.items() if p.grad is not None)
                 return next((name for name, gradient in gradients if storage_key(gradient) == key), "")
         return ""
 
     # Storages.
 
-    def _storage(self, tensor: Tensor) -> _Storage | None:
-        """What is known of the tensor's storage, looking at it when it is first met."""
-        key = storage_key(tensor)
-        if key is None:
-            return None
-        known = self._storages.get(key)
-        if known is None:
-            known = _Storage(_reference(tensor), None)
-            self._storages[key] = known
-            whole = _whole(tensor)
-            if not is_finite(whole):
-                known.source = self.labels.leaf(key, whole)
-            known.gradient = self.labels.kind(tensor) == "gradient"
-        return known
-
-    def _edge(self, call: Call, argument: str, tensor: Tensor) -> Edge | None:
-        storage = self._storage(tensor)
-        if storage is None or storage.source is None or not call.reads(argument) or is_finite(tensor):
-            return None
-        plain = values(tensor)
-        nan = plain is not None and bool(plain.isnan().any())
-        return Edge(argument, storage.source, nan, call.rows_taken(tensor) if argument == "self" else ())
-
-    def _wrote(self, tensor: Tensor, operation: Operation | None, derived: bool) -> None:
-        key = storage_key(tensor)
-        if key is None:
-            return
-        known = self._storages.get(key)
-        if known is None:
-            self._storages[key] = _Storage(_reference(tensor), operation, derived)
-        elif operation is not None or _covers_storage(tensor) or is_finite(_whole(tensor)):
-            known.source = operation
-            known.gradient = known.gradient or derived
+    def _edges(self, call: Call, argument: str, tensor: Tensor) -> Sequence[Edge]:
+        if self._storages.of(tensor) is None or not call.reads(argument):
+            return ()
+        sources = self._storages.sources(tensor)
+        slots = call.rows_taken(tensor) if sources and argument == "self" else ()
+        return [Edge(argument, source, nan, slots) for source, nan in sources]
 
     def _derives_from_gradient(self, call: Call) -> bool:
         """Whether, after backward and outside the optimizer, the operation reads or writes gradients."""
         if torch._C._current_graph_task_id() != -1 or self._updating or call.differentiable:
             return False
-        keys = [storage_key(tensor) for _, tensor in call.inputs]
-        return any(key in self._storages and self._storages[key].gradient for key in keys if key is not None)
+        met = (self._storages.known(tensor) for _, tensor in call.inputs)
+        return any(storage.gradient for storage in met if storage is not None)
 
     def _finite_module_buffers(self, call: Call) -> list[Tensor]:
         """Module buffers among the inputs: batch_norm writes its running statistics without saying so in its schema."""
@@ -322,28 +340,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             and self.labels.kind(tensor) == "module_buffer"
             and is_finite(tensor)
         ]
-
-
-def _reference(tensor: Tensor) -> StorageWeakRef:
-    if tensor.layout == torch.sparse_coo:
-        tensor = tensor._values()
-    elif tensor.layout != torch.strided:
-        tensor = tensor.values()
-    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """All of the storage behind a view, in the view's dtype."""
-    if tensor.layout != torch.strided or _covers_storage(tensor) or tensor.is_quantized:
-        return tensor
-    storage = tensor.untyped_storage()
-    if storage.nbytes() % tensor.element_size():
-        return tensor
-    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage)
-
-
-def _covers_storage(tensor: Tensor) -> bool:
-    return tensor.layout != torch.strided or tensor.nbytes == tensor.untyped_storage().nbytes()
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from stabilitykit.diagnose.conclude import Context, conclude
 from stabilitykit.diagnose.graph import Leaf
-from stabilitykit.diagnose.retrace import Subject, bad_numbers, batch_name, retrace
+from stabilitykit.diagnose.numbers import bad_numbers
+from stabilitykit.diagnose.retrace import Subject, batch_name, retrace
 from stabilitykit.diagnose.walk import find_origin
 from stabilitykit.measure.values import is_finite
 from stabilitykit.monitor.history import History, PastStep, Step
@@ -112,7 +113,6 @@ class Inquiry:
             batch_size=retraced.trace.batch_size,
             hyperparameters=self._hyperparameters(),
             loss_was_finite=not any(entry.role in ("loss", "returned") for entry in retraced.trace.symptoms),
-            bad_numbers=bad_numbers(ran.args, ran.kwargs),
             optimizer=", ".join(type(entry).__name__ for entry in self.subject.optimizers),
             **facts(),
         )
@@ -143,7 +143,7 @@ class Inquiry:
         return self.read(past.index, returned)
 
     def _intended(self, constants: set[str]) -> Callable[[Leaf], bool]:
-        """Whether a leaf is non-finite on purpose: a mask or literal of Inf alone, or a marker earlier batches had."""
+        """Whether a leaf is non-finite on purpose: a mask of Inf alone, or a marker earlier batches had."""
         seen_before = self._markers()
 
         def intended(leaf: Leaf) -> bool:
@@ -151,7 +151,7 @@ class Inquiry:
                 return (leaf.name, bool(leaf.summary.nan)) in seen_before
             if leaf.kind == "module_buffer":
                 return leaf.summary.nan == 0 and leaf.name in constants
-            return leaf.kind in ("literal", "unknown") and leaf.summary.nan == 0
+            return leaf.kind == "unknown" and leaf.summary.nan == 0
 
         return intended
 
@@ -166,12 +166,15 @@ class Inquiry:
 
     def _markers(self) -> set[tuple[str, bool]]:
         """Entries of earlier batches that were non-finite and did no harm: their names, and whether they held NaN."""
-        return {
-            (batch_name(path), bool(tensor.isnan().any()))
-            for past in list(self.history.recent())[:-1]
-            for path, tensor in tensors_of((past.args, dict(past.kwargs)))
-            if tensor.is_floating_point() and not is_finite(tensor)
-        }
+        earlier = [(past.args, dict(past.kwargs)) for past in list(self.history.recent())[:-1]]
+        tensors = [
+            entry
+            for batch in earlier
+            for entry in tensors_of(batch)
+            if entry[1].is_floating_point() and not is_finite(entry[1])
+        ]
+        numbers = [entry for batch in earlier for entry in bad_numbers(batch)]
+        return {(batch_name(path), bool(tensor.isnan().any())) for path, tensor in (*tensors, *numbers)}
 
     def _hyperparameters(self) -> Mapping[str, Mapping[str, Any]]:
         names = {id(parameter): name for name, parameter in self.subject.parameters.items()}

@@ -400,6 +400,25 @@ def test_the_fingerprint_changes_with_every_write_and_with_nothing_else() -> Non
     assert state.fingerprint() != fingerprint
 
 
+@pytest.mark.parametrize("change", ["written", "loaded"])
+def test_the_fingerprint_changes_when_the_optimizers_state_is_put_in_from_outside(change: str) -> None:
+    training = Training("adam")
+    state = TrainingState(training.model, [training.optimizer])
+    state.capture()
+    training.step()
+    fingerprint = state.fingerprint()
+    unchanged = state.fingerprint()
+    moments = next(iter(training.optimizer.state.values()))
+
+    if change == "written":
+        moments["exp_avg"].fill_(1.0)
+    else:
+        training.optimizer.load_state_dict(training.optimizer.state_dict())
+
+    assert unchanged == fingerprint
+    assert state.fingerprint() != fingerprint
+
+
 def test_the_size_counts_parameters_buffers_and_gradients() -> None:
     model = nn.Linear(10, 10, bias=False)
     model(torch.ones(1, 10)).sum().backward()

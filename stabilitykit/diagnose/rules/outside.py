@@ -73,4 +73,19 @@ class BadState(Rule):
         return evidence.phase == "state" and evidence.leaf is not None
 
 
-RULES = (BadSample(), BadBufferEntry(), BadCheckpoint(), BadState())
+class MadeInPython(Rule):
+    """numpy or plain Python made the value within the step: it was not finite when it became a tensor here, and what
+    the batch and torch had handed to Python was.
+    """
+
+    name = "made_in_python"
+    remedies = (
+        "let numpy raise where it happens: with np.errstate(all='raise'): ...",
+        "bound what is divided by, or taken the logarithm of: np.log(np.maximum(x, 1e-8)), x / max(deviation, 1e-8)",
+    )
+
+    def applies(self, evidence: Evidence) -> bool:
+        return evidence.op == "lift_fresh"
+
+
+RULES = (MadeInPython(), BadSample(), BadBufferEntry(), BadCheckpoint(), BadState())

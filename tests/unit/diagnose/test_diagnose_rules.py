@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -101,8 +102,17 @@ def unit_guarded(gradient: Tensor) -> Tensor:
     return gradient / gradient.norm().clamp_min(1e-6)
 
 
+def logarithm(values: Tensor) -> Tensor:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return torch.from_numpy(np.log(values.numpy()))
+
+
 # name of the rule: the fault it explains, and the same step with its advice taken
 FAULTS: Mapping[str, tuple[Fault, Fault]] = {
+    "made_in_python": (
+        Fault(lambda m, x: weighted(m, logarithm(x - 10))),
+        Fault(lambda m, x: weighted(m, logarithm((x - 10).clamp(min=1e-3)))),
+    ),
     "bad_sample": (
         Fault(weighted, batch=(1.0, math.nan, 2.0, 3.0)),
         Fault(lambda m, x: weighted(m, x.nan_to_num()), batch=(1.0, math.nan, 2.0, 3.0)),
