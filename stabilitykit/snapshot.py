@@ -122,12 +122,15 @@ class _NumpyStream:
 _PYTHON_STREAM, _NUMPY_STREAM = _PythonStream(), _NumpyStream()
 
 
+Groups = tuple[dict[str, Any], ...]  # of an optimizer, without their parameters
+
+
 @dataclass(frozen=True)
 class Moment:
     """What may change between two steps without a trace: random streams and hyperparameters; cheap to hold."""
 
     random: RandomStates
-    hyperparameters: tuple[tuple[dict[str, Any], ...], ...]
+    hyperparameters: tuple[tuple[Optimizer, Groups], ...]
 
 
 @dataclass(frozen=True)
@@ -138,14 +141,16 @@ class Snapshot:
     tensors: tuple[tuple[Tensor, Tensor], ...]  # live parameter or module buffer, its copy
     buffers: tuple[tuple[nn.Module, str, Tensor], ...]  # which tensor each module's buffer was: code may assign anew
     gradients: tuple[tuple[Tensor, weakref.ref[Tensor] | None, Tensor | None], ...]  # parameter, its gradient, the copy
-    optimizer_states: tuple[dict[Tensor, Any], ...]
+    optimizer_states: tuple[tuple[Optimizer, dict[Tensor, Any]], ...]
     modes: tuple[tuple[nn.Module, bool], ...]
     extras: tuple[Any, ...]
 
     @property
     def num_bytes(self) -> int:
         """Memory held by the copies of parameters, buffers, gradients and optimizer states."""
-        states = [list(state.values()) for state in self.optimizer_states]  # a key in a path would be printed: a tensor
+        states = [
+            list(state.values()) for _, state in self.optimizer_states
+        ]  # a key in a path would be printed: a tensor
         copies = ([held for _, held in self.tensors], [held for _, _, held in self.gradients], states)
         return sum(held.nbytes for _, held in tensors_of(copies) if held.layout == torch.strided)
 
@@ -165,7 +170,8 @@ class TrainingState:
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], stateful: Iterable[object] = ()) -> None:
         self.model = model
-        self.optimizers = tuple(optimizers)
+        self.optimizers = list(optimizers)
+        self._joined: dict[Optimizer, tuple[Groups, dict[Tensor, Any]]] = {}
         self.modules = (model, *(entry for entry in stateful if isinstance(entry, nn.Module)))
         unique = {id(entry): entry for entry in stateful if not isinstance(entry, nn.Module)}
         self._extras = tuple(_Extra.of(entry) for entry in unique.values())
@@ -181,9 +187,19 @@ class TrainingState:
             found |= {id(entry): entry for group in optimizer.param_groups for entry in group["params"]}
         return [entry for entry in found.values() if not is_lazy(entry)]
 
+    def join(self, optimizer: Optimizer, place: int) -> None:
+        """Take in an optimizer that is about to step for the first time: earlier snapshots put it back to this."""
+        self.optimizers.insert(place, optimizer)
+        self._joined[optimizer] = _hyperparameters(optimizer), merge(None, dict(optimizer.state))
+
+    def leave(self, optimizer: Optimizer) -> None:
+        """Capture this optimizer no longer; a snapshot that holds it puts it back all the same."""
+        self.optimizers.remove(optimizer)
+        self._joined.pop(optimizer, None)
+
     def moment(self) -> Moment:
         """Capture the cheap part alone."""
-        return Moment(RandomStates.capture(), tuple(_hyperparameters(entry) for entry in self.optimizers))
+        return Moment(RandomStates.capture(), tuple((entry, _hyperparameters(entry)) for entry in self.optimizers))
 
     @torch.no_grad()
     def capture(self, spare: Snapshot | None = None) -> Snapshot:
@@ -200,7 +216,7 @@ class TrainingState:
         self._moded = [entry for module in self.modules for entry in module.modules()]
         known = dict(spare.tensors) if spare else {}
         gradients = {entry: held for entry, _, held in spare.gradients} if spare else {}
-        states = spare.optimizer_states if spare else [{} for _ in self.optimizers]
+        states = dict(spare.optimizer_states) if spare else {}
         return Snapshot(
             moment=self.moment(),
             tensors=tuple((entry, merge(known.get(entry), entry.detach())) for entry in (*parameters, *buffers)),
@@ -214,10 +230,7 @@ class TrainingState:
             gradients=tuple(
                 (entry, _reference(entry.grad), merge(gradients.get(entry), entry.grad)) for entry in parameters
             ),
-            optimizer_states=tuple(
-                {key: merge(held.get(key), value) for key, value in optimizer.state.items()}
-                for optimizer, held in zip(self.optimizers, states, strict=True)
-            ),
+            optimizer_states=tuple((entry, merge(states.get(entry), dict(entry.state))) for entry in self.optimizers),
             modes=tuple((entry, entry.training) for entry in self._moded),
             extras=tuple(entry.capture() for entry in self._extras),
         )
@@ -232,7 +245,12 @@ class TrainingState:
             for parameter, reference, copied in snapshot.gradients:
                 gradient = None if reference is None else reference()
                 parameter.grad = _refill(gradient, copied)
-        for optimizer, states in zip(self.optimizers, snapshot.optimizer_states, strict=True):
+        known = dict(snapshot.optimizer_states)
+        for optimizer, (groups, states) in self._joined.items():
+            if optimizer not in known:
+                _restore_optimizer(optimizer, states)
+                _restore_groups(optimizer, groups)
+        for optimizer, states in known.items():
             _restore_optimizer(optimizer, states)
         for module, training in snapshot.modes:
             module.training = training
@@ -242,9 +260,8 @@ class TrainingState:
 
     def restore_moment(self, moment: Moment) -> None:
         """Put the cheap part back alone."""
-        for optimizer, groups in zip(self.optimizers, moment.hyperparameters, strict=True):
-            for group, held in zip(optimizer.param_groups, groups, strict=False):  # a group may have joined since
-                group.update(clone_tree(held))
+        for optimizer, groups in moment.hyperparameters:
+            _restore_groups(optimizer, groups)
         moment.random.restore()
 
     def fingerprint(self) -> tuple[int, ...]:
@@ -339,7 +356,7 @@ def _assign(target: Any, name: str, tensor: Tensor) -> None:
 _PLAIN = (int, float, bool, str, type(None))
 
 
-def _hyperparameters(optimizer: Optimizer) -> tuple[dict[str, Any], ...]:
+def _hyperparameters(optimizer: Optimizer) -> Groups:
     return tuple(
         {key: value if type(value) in _PLAIN else clone_tree(value) for key, value in group.items() if key != "params"}
         for group in optimizer.param_groups
@@ -377,6 +394,11 @@ def _restore_optimizer(optimizer: Optimizer, states: Mapping[Tensor, Any]) -> No
         del optimizer.state[key]
     for key, held in states.items():
         optimizer.state[key] = merge(optimizer.state.get(key), held)
+
+
+def _restore_groups(optimizer: Optimizer, groups: Groups) -> None:
+    for group, held in zip(optimizer.param_groups, groups, strict=False):  # a group may have joined since
+        group.update(clone_tree(held))
 
 
 def merge(old: Any, new: Any) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -105,3 +107,12 @@ def _wait(child: subprocess.Popen[bytes] | None) -> bool:
         if child.returncode is None:
             child.kill()
             child.wait()
+
+
+def abandoned(close: Callable[[], None], aftermath: Aftermath, unhook: Callable[[], None]) -> None:
+    """The monitor was never closed: it was dropped, or the interpreter ends."""
+    unhook()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        close()
+        aftermath.finish()

@@ -30,15 +30,14 @@ def attach(
 
     Args:
         model: the network; hooks go onto it and come off at `close`.
-        optimizer: one, or a sequence of them.
+        optimizer: one, or a sequence of them. One that is made later, for the next task say, is noticed when it first
+            steps parameters of the model.
         run_dir: the run folder, made if need be; default `runs/<time>`.
         config: a MonitorConfig or the name of a preset: light, default, full.
-        on_nonfinite: `raise` NonFiniteError with the verdict; `skip`: undo the step and go on; `rollback`: back to
-            the last
-            good snapshot and go on; `record`: diagnose and leave training exactly as it would have been.
+        on_nonfinite: `raise` NonFiniteError with the verdict; `skip`: undo the step and go on; `rollback`: back to the
+            last good snapshot and go on; `record`: diagnose and leave training exactly as it would have been.
         scaler: a GradScaler, put back with the rest when a step is replayed.
-        stateful: further objects that a step changes, with `state_dict` and `load_state_dict`; also generators,
-            tensors.
+        stateful: what else a step changes: objects with `state_dict` and `load_state_dict`, generators, tensors.
         replay_buffer: an object or mapping with tensors `examples, labels, logits`, audited and put back on replay.
             With a callable `preprocess`, which turns stored examples into the model's input, the drift of the model
             from the stored logits is recorded too, on a copy of the model.

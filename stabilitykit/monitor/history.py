@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stabilitykit.config import CADENCES, MonitorConfig
+from stabilitykit.measure.values import is_finite
 from stabilitykit.snapshot import Moment, Snapshot, TrainingState, clone_tree, tensors_of
 from stabilitykit.watch.reading import Reading
 
@@ -78,7 +79,7 @@ class History:
         self._good: tuple[int, Snapshot] | None = None  # what `rollback` goes back to
         self._next_good: tuple[int, Snapshot] | None = None
         self._fingerprint: tuple[int, ...] = ()
-        self._copy_batches = False
+        self._copy_batches = self._cut = False
         self._held_bytes = 0  # by the batches since the last snapshot
         self._snapshot_bytes = 0
         self._snapshot_seconds = 0.0
@@ -96,6 +97,8 @@ class History:
 
     def begin(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], *, touched: bool = False) -> None:
         """A step is about to run; `touched`: the caller knows of a change of state since the last one."""
+        if self._cut:
+            self.forget()
         if touched or self._snapshot_due():
             started = time.perf_counter()
             snapshot = self._state.capture(self._spare())
@@ -127,6 +130,30 @@ class History:
     def forget(self) -> None:
         """The state has been put somewhere else: begin anew with a snapshot at the next step."""
         self._segments.clear()
+        self._cut = False
+
+    def cut(self, *, updated: bool) -> None:
+        """An optimizer joins within the current step: those before ran without it, and cannot be run again with it.
+
+        Unless something was `updated` in this step, it can be put back by what is there now: parameters and optimizers
+        are as the step found them, and gradients are its own. Module buffers have followed the forward; those that it
+        spoilt come from the last snapshot.
+        """
+        self._cut = True
+        if updated or len(self.recent()) <= 1:
+            return
+        parameters = set(map(id, self._state.parameters()))
+        earlier = {id(live): held for live, held in self._current.snapshot.tensors if id(live) not in parameters}
+        now = self._state.capture()
+        begun = replace(
+            now,
+            tensors=tuple(
+                (live, earlier[id(live)] if id(live) in earlier and not is_finite(held) else held)
+                for live, held in now.tensors
+            ),
+            gradients=tuple((parameter, None, None) for parameter, _, _ in now.gradients),
+        )
+        self._segments = deque([Segment(begun, [self._current.steps[-1]])])
 
     def rewind(self, rerun: Callable[[PastStep], Reading]) -> bool:
         """Put the state back to the start of the current step, and let go of what led there.

@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,7 +46,7 @@ class Ledger:
         self.task: int | None = None
         self.samples: Sequence[int] | None = None
         self._run_dir, self._config, self._buffer = run_dir, config, replay_buffer
-        self._teacher: nn.Module | None = model
+        self._teacher: weakref.ref[nn.Module] | None = weakref.ref(model)  # whose hooks hold the monitor
         self._epoch: int | None = None
         self._scalars: dict[str, float | Tensor] = {}
         self._events: list[Event] = []
@@ -238,9 +239,10 @@ class Ledger:
     def _full_audit(self, buffer: object) -> Audit:
         """The audit, with the drift from stored logits where the buffer says how its examples become inputs."""
         preprocess = preprocessing(buffer)
-        if preprocess is not None and self._teacher is not None:
+        teacher = None if self._teacher is None else self._teacher()
+        if preprocess is not None and teacher is not None:
             try:
-                return full_audit(buffer, self._teacher, preprocess=preprocess)
+                return full_audit(buffer, teacher, preprocess=preprocess)
             except Exception as error:  # noqa: BLE001 - the caller's model and function; the rest can be audited
                 self._teacher = None
                 self.own_error(error)

@@ -24,10 +24,11 @@ from stabilitykit.diagnose.retrace import Subject
 from stabilitykit.errors import NonFiniteError
 from stabilitykit.measure.values import is_finite
 from stabilitykit.monitor import wording
-from stabilitykit.monitor.aftermath import Aftermath
+from stabilitykit.monitor.aftermath import Aftermath, abandoned
 from stabilitykit.monitor.history import History, Step
 from stabilitykit.monitor.inquiry import Inquiry, Outcome, Ran
 from stabilitykit.monitor.ledger import Ledger, Rows
+from stabilitykit.monitor.newcomers import Newcomers, take_in
 from stabilitykit.monitor.run_up import RunUp
 from stabilitykit.monitor.unwrapped import is_compiled, only_compiled, symptoms
 from stabilitykit.schema import Diagnosis, Event
@@ -65,11 +66,11 @@ class Monitor:
         self.run_dir = run_dir
         self.replaying = False
         self._config, self._policy = config, on_nonfinite
-        self._optimizers = tuple(optimizers)
         self._scaler = scaler or next((entry for entry in stateful if isinstance(entry, GradScaler)), None)
         self._model = model
         extras = [entry for entry in (*stateful, scaler, replay_buffer) if entry is not None]
         self._state = TrainingState(model, optimizers, extras)
+        self._optimizers = self._state.optimizers  # one list for all: some may join, or leave
         self._ledger = Ledger(run_dir.absolute(), model, config, replay_buffer)  # the script may change its directory
         self._aftermath = Aftermath(run_dir, config)
         self._history = History(self._state, config, keeps_good=on_nonfinite == "rollback")
@@ -85,7 +86,9 @@ class Monitor:
         self._num_faults = self._num_consecutive = self._num_looks = 0
         self._pending: Diagnosis | None = None  # of gradients that no optimizer has used yet
         self._started = time.perf_counter()
-        self._finalizer = weakref.finalize(self, _abandoned, self._ledger, self._aftermath)
+        self._newcomers = Newcomers(model, self._optimizer_arrived)
+        unhook = self._newcomers.close
+        self._finalizer = weakref.finalize(self, abandoned, self._ledger.abandon, self._aftermath, unhook)
         if is_compiled(model):
             self._ledger.event(wording.COMPILED)
         self._begin_step()
@@ -148,10 +151,7 @@ class Monitor:
     def note(self, **facts: Any) -> None:
         """Add facts to `run.json`: results, settings; anything JSON can hold."""
         if reason := self._ledger.run_file.update(facts):
-            message = (
-                f"stabilitykit: run.json could not be written ({reason}); it is tried again when the run is closed"
-            )
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            warnings.warn(wording.not_noted(reason), RuntimeWarning, stacklevel=2)
 
     @property
     def step_index(self) -> int:
@@ -175,6 +175,7 @@ class Monitor:
         self._closed = True
         self._finalizer.detach()
         self._watch.close()
+        self._newcomers.close()
         del self._model, self._optimizers, self._scaler, self._replay_buffer, self._parameters, self._constants
         del self._state, self._subject, self._history  # a monitor kept for its diagnosis keeps no model alive
         self._losses.clear()
@@ -438,6 +439,16 @@ class Monitor:
 
     # What the watch calls.
 
+    def _optimizer_arrived(self, optimizer: Optimizer) -> None:
+        """One that was not named to `attach` is about to step; one that a replay makes for itself is only watched."""
+        if optimizer in self._optimizers:
+            return
+        if self.replaying:
+            return self._watch.follow(optimizer)
+        history = self._history if self._mode == "replayable" else None
+        self._watch.unseen(partial(take_in, optimizer, self._newcomers, self._state, self._watch, history))
+        self._ledger.event(wording.new_optimizer(optimizer))
+
     def _update_begins(self, _optimizer: Optimizer) -> None:
         if self._mode != "replayable":
             self._judge_unwrapped(before_update=True)
@@ -467,11 +478,3 @@ class Monitor:
             for parameter in self._parameters.values():
                 parameter.grad = None  # an optimizer passes over parameters without a gradient
         return reading
-
-
-def _abandoned(ledger: Ledger, aftermath: Aftermath) -> None:
-    """The monitor was never closed: it was dropped, or the interpreter ends."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ledger.abandon()
-        aftermath.finish()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch.optim import Optimizer
+
 from stabilitykit.schema import Diagnosis, Event
 from stabilitykit.watch.reading import Reading
 
@@ -39,6 +41,17 @@ PROOF: Mapping[str, str] = {
     "hooks": "known from module hooks",
     "record": "known from the record",
 }
+
+
+def not_noted(reason: str) -> str:
+    """The warning about facts that could not be written."""
+    return f"stabilitykit: run.json could not be written ({reason}); it is tried again when the run is closed"
+
+
+def new_optimizer(optimizer: Optimizer) -> Event:
+    """An optimizer that was not named to `attach` steps parameters of the model."""
+    name = type(optimizer).__name__
+    return Event(kind="optimizer", subject=name, message=f"a new {name} steps parameters of the model from here on")
 
 
 def later_fault(reading: Reading) -> Event:

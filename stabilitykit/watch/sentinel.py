@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import _len_torch_dispatch_stack
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from stabilitykit.measure.norms import combine, transfer
 from stabilitykit.measure.values import is_finite
@@ -26,6 +27,7 @@ class Sentinel:
     Attributes:
         gradients: the tracker of gradient norms.
         bad_before: parameters that were not finite when the sentinel was made.
+        updating: the optimizers that have begun to step in this step.
     """
 
     def __init__(
@@ -46,23 +48,35 @@ class Sentinel:
         self.gradients = GradientTracker(self._parameters, unseen, on_backward)
         self.bad_before = [name for name, entry in parameters.items() if not is_finite(entry)]
         self._unused_bad = set(self.bad_before)  # a bad parameter that is used shows in the loss or in a gradient
-        self._handles = [
-            *(optimizer.register_step_pre_hook(self._before_update) for optimizer in optimizers),
-            *(optimizer.register_step_post_hook(self._after_update) for optimizer in optimizers),
-        ]
+        self._handles: list[tuple[Optimizer, RemovableHandle]] = []
+        for optimizer in optimizers:
+            self.follow(optimizer)
         self.begin()
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """Take an optimizer's steps for updates of what is watched."""
+        self._handles.append((optimizer, optimizer.register_step_pre_hook(self._before_update)))
+        self._handles.append((optimizer, optimizer.register_step_post_hook(self._after_update)))
+
+    def leave(self, optimizer: Optimizer) -> None:
+        """Follow it no longer."""
+        for entry, handle in self._handles:
+            if entry is optimizer:
+                handle.remove()
+        self._handles = [(entry, handle) for entry, handle in self._handles if entry is not optimizer]
 
     def begin(self) -> None:
         """A step starts."""
         self.gradients.begin()
-        self._updating = self._stepped = False
+        self._stepped = False
+        self.updating: list[Optimizer] = []
         self._found_inf: list[Tensor] = []
         self._late: Mapping[str, Tensor] = {}
 
     def close(self) -> None:
         """Take every hook off."""
         self.gradients.close()
-        for handle in self._handles:
+        for _, handle in self._handles:
             handle.remove()
         self._handles.clear()
 
@@ -99,7 +113,7 @@ class Sentinel:
 
     def late_writes(self) -> Mapping[str, Tensor]:
         """Parameters written to since the last step, which `touched` had missed, as this step has used them."""
-        return self._late if self._updating else self._norms.written()
+        return self._late if self.updating else self._norms.written()
 
     def forget(self) -> None:
         """The parameters are about to be put somewhere else, by us."""
@@ -136,9 +150,9 @@ class Sentinel:
         else:
             self._stepped = True
         self._unseen(partial(self.gradients.update_begins, uncounted=_len_torch_dispatch_stack() > 0))
-        if not self._updating and self._norms.in_portions:
+        if not self.updating and self._norms.in_portions:
             self._unseen(self._keep_late_writes)
-        self._updating = True
+        self.updating.append(optimizer)
         self._unseen(lambda: self._on_optimizer(optimizer))
 
     def _keep_late_writes(self) -> None:

@@ -51,12 +51,12 @@ class Watch:
         self._on_error, self._on_update = on_error, on_update
         self._rows = RowCollector(names)
         self._tensors = ParameterWatch(model, optimizers, parameters, self._rows, config)
-        self._modules = ModuleWatch(model, self._rows, self._unseen, config)
+        self._modules = ModuleWatch(model, self._rows, self.unseen, config)
         self._sentinel = Sentinel(
             model,
             optimizers,
             parameters,
-            unseen=self._unseen,
+            unseen=self.unseen,
             on_backward=self._backward_ended,
             on_optimizer=self._update_begins,
             after_optimizer=after_update,
@@ -68,6 +68,19 @@ class Watch:
     def bad_before(self) -> Sequence[str]:
         """Parameters that were not finite when the watch was made."""
         return self._sentinel.bad_before
+
+    @property
+    def updating(self) -> Sequence[Optimizer]:
+        """See `Sentinel`."""
+        return self._sentinel.updating
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """See `Sentinel.follow`."""
+        self._sentinel.follow(optimizer)
+
+    def leave(self, optimizer: Optimizer) -> None:
+        """See `Sentinel.leave`."""
+        self._sentinel.leave(optimizer)
 
     def begin(self, *, recording: bool, trailing: bool) -> None:
         """A step starts; see `ModuleWatch.begin`."""
@@ -148,7 +161,7 @@ class Watch:
         del self._sentinel, self._modules, self._tensors
         self._on_error = self._on_update = _ignore
 
-    def _unseen(self, measure: Callable[[], None]) -> None:
+    def unseen(self, measure: Callable[[], None]) -> None:
         """Run a measurement: not traced, never raising into training, but for a verdict."""
         recording = torch.is_grad_enabled()
         _set_grad_enabled(False)  # torch.no_grad makes ten calls of it
