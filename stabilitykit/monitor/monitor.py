@@ -441,13 +441,12 @@ class Monitor:
 
     def _optimizer_arrived(self, optimizer: Optimizer) -> None:
         """One that was not named to `attach` is about to step; one that a replay makes for itself is only watched."""
-        if optimizer in self._optimizers:
-            return
-        if self.replaying:
-            return self._watch.follow(optimizer)
-        history = self._history if self._mode == "replayable" else None
-        self._watch.unseen(partial(take_in, optimizer, self._newcomers, self._state, self._watch, history))
-        self._ledger.event(wording.new_optimizer(optimizer))
+        if self.replaying and optimizer not in self._optimizers:
+            self._watch.follow(optimizer)
+        elif optimizer not in self._optimizers:
+            history = self._history if self._mode == "replayable" else None
+            self._watch.unseen(partial(take_in, optimizer, self._newcomers, self._state, self._watch, history))
+            self._ledger.event(wording.new_optimizer(optimizer))
 
     def _update_begins(self, _optimizer: Optimizer) -> None:
         if self._mode != "replayable":
