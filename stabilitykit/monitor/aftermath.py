@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
 from stabilitykit.config import MonitorConfig
+from stabilitykit.monitor.ledger import Ledger
+from stabilitykit.monitor.newcomers import Newcomers
 
 PATIENCE_SECONDS = 120.0
 _LEAST_PRIORITY = 19
@@ -109,10 +110,10 @@ def _wait(child: subprocess.Popen[bytes] | None) -> bool:
             child.wait()
 
 
-def abandoned(close: Callable[[], None], aftermath: Aftermath, unhook: Callable[[], None]) -> None:
+def abandoned(ledger: Ledger, aftermath: Aftermath, newcomers: Newcomers) -> None:
     """The monitor was never closed: it was dropped, or the interpreter ends."""
-    unhook()
+    newcomers.close()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        close()
+        ledger.abandon()
         aftermath.finish()

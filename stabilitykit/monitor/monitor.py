@@ -25,6 +25,7 @@ from stabilitykit.errors import NonFiniteError
 from stabilitykit.measure.values import is_finite
 from stabilitykit.monitor import wording
 from stabilitykit.monitor.aftermath import Aftermath, abandoned
+from stabilitykit.monitor.bystanders import bystanders_put_back
 from stabilitykit.monitor.history import History, Step
 from stabilitykit.monitor.inquiry import Inquiry, Outcome, Ran
 from stabilitykit.monitor.ledger import Ledger, Rows
@@ -87,8 +88,7 @@ class Monitor:
         self._pending: Diagnosis | None = None  # of gradients that no optimizer has used yet
         self._started = time.perf_counter()
         self._newcomers = Newcomers(model, self._optimizer_arrived)
-        unhook = self._newcomers.close
-        self._finalizer = weakref.finalize(self, abandoned, self._ledger.abandon, self._aftermath, unhook)
+        self._finalizer = weakref.finalize(self, abandoned, self._ledger, self._aftermath, self._newcomers)
         if is_compiled(model):
             self._ledger.event(wording.COMPILED)
         self._begin_step()
@@ -358,17 +358,19 @@ class Monitor:
         """Steps run in the block are replays: their tensors are recorded in full where they were not the first time."""
         rows = {self._step_index: self._watch.take_rows()}
         self.replaying = True
+        inquiry = Inquiry(
+            state=self._state,
+            history=self._history,
+            subject=self._subject,
+            constants=self._constants,
+            begin=self._begin_again,
+            read=partial(self._read_again, rows),
+            late_writes=self._watch.late_writes,
+            goes_back=self._policy != "record",
+        )
         try:
-            yield Inquiry(
-                state=self._state,
-                history=self._history,
-                subject=self._subject,
-                constants=self._constants,
-                begin=self._begin_again,
-                read=partial(self._read_again, rows),
-                late_writes=self._watch.late_writes,
-                goes_back=self._policy != "record",
-            )
+            with bystanders_put_back():
+                yield inquiry
         finally:
             self.replaying = False
             self._watch.forget()
@@ -444,8 +446,7 @@ class Monitor:
         if self.replaying and optimizer not in self._optimizers:
             self._watch.follow(optimizer)
         elif optimizer not in self._optimizers:
-            history = self._history if self._mode == "replayable" else None
-            self._watch.unseen(partial(take_in, optimizer, self._newcomers, self._state, self._watch, history))
+            self._watch.unseen(partial(take_in, optimizer, self._newcomers, self._state, self._watch, self._history))
             self._ledger.event(wording.new_optimizer(optimizer))
 
     def _update_begins(self, _optimizer: Optimizer) -> None:

@@ -53,9 +53,7 @@ class Newcomers:
         arrived(optimizer)
 
 
-def take_in(
-    newcomer: Optimizer, newcomers: Newcomers, state: TrainingState, watch: Watch, history: History | None
-) -> None:
+def take_in(newcomer: Optimizer, newcomers: Newcomers, state: TrainingState, watch: Watch, history: History) -> None:
     """Watch an optimizer and put it back with the rest from now on; let go of those it replaces.
 
     It replaces one whose parameters it has all taken over and which does not step beside it in this step.
@@ -67,8 +65,7 @@ def take_in(
         if newcomers.has_stepped(entry) and entry not in watch.updating and identities(entry) <= taken
     ]
     state.join(newcomer, state.optimizers.index(replaced[0]) if replaced else len(state.optimizers))
-    if history is not None:
-        history.cut(updated=bool(watch.updating))
+    history.cut(updated=bool(watch.updating))
     for entry in replaced:
         state.leave(entry)
         watch.leave(entry)
