@@ -42,7 +42,7 @@ PIECES = {
     "the log": ("stabilitykit.record.Recorder.write",),
     "Python between": (
         "stabilitykit.monitor.Monitor._replayable_step",
-        "stabilitykit.watch.watch.Watch._unseen",
+        "stabilitykit.watch.watch.Watch.unseen",
         "stabilitykit.watch.modules.ModuleWatch.record",
     ),
 }

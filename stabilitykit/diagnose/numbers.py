@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -64,12 +66,16 @@ def batch_leaf(name: str, tensor: Tensor) -> Leaf:
 
 @contextmanager
 def watching_exports(exported: Callable[[Tensor], None]) -> Iterator[None]:
-    """Report every tensor that is handed to Python as a list or an array; these are no operations of torch's."""
+    """Report every tensor that this thread hands to Python as a list or an array: no operations of torch's."""
     methods: Mapping[str, Any] = {name: getattr(Tensor, name) for name in ("numpy", "tolist")}
+    replaced = {name: vars(Tensor)[name] for name in methods if name in vars(Tensor)}  # torch has them in a base class
+    thread = threading.get_ident()
 
     def watched(method: Any) -> Any:
+        @functools.wraps(method)
         def export(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            exported(tensor)
+            if threading.get_ident() == thread:
+                exported(tensor)
             return method(tensor, *args, **kwargs)
 
         return export
@@ -80,4 +86,6 @@ def watching_exports(exported: Callable[[Tensor], None]) -> Iterator[None]:
         yield
     finally:
         for name in methods:
-            delattr(Tensor, name)  # torch has them in a base class
+            delattr(Tensor, name)
+        for name, method in replaced.items():
+            setattr(Tensor, name, method)
