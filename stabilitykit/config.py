@@ -63,7 +63,13 @@ class MonitorConfig:
         """Check the ranges once."""
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and not value >= least:
+            kind = (int, float) if isinstance(least, float) else int
+            if value is None and getattr(type(self), name) is None:
+                continue
+            if not isinstance(value, kind) or isinstance(value, bool):
+                whole = "a number" if isinstance(least, float) else "a whole number"
+                raise UsageError(f"MonitorConfig: got {name}={value!r}, expected {whole} of at least {least}")
+            if not value >= least:
                 raise UsageError(f"MonitorConfig: got {name}={value}, expected at least {least}")
 
     @classmethod
@@ -76,7 +82,7 @@ class MonitorConfig:
         if isinstance(given, MonitorConfig):
             return given
         name = given or "default"
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise UsageError(f"attach: got config {name!r}, expected a MonitorConfig or one of {', '.join(PRESETS)}")
         return PRESETS[name]
 

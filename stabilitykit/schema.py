@@ -298,14 +298,18 @@ def _where(origin: Origin) -> str:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: tuples become lists, non-finite floats become strings."""
+    """`value` as JSON can hold it: arrays, tensors, tuples and sets become lists, what else it cannot hold a string."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | set | frozenset):
         return [plain(entry) for entry in value]
-    return value
+    if callable(tolist := getattr(value, "tolist", None)):  # numpy's and torch's
+        return plain(tolist())
+    return value if isinstance(value, float) else str(value)
 
 
 def _known(cls: type[Any], body: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from stabilitykit.config import MonitorConfig
+from stabilitykit.errors import UsageError
 from stabilitykit.monitor.ledger import Ledger
 from stabilitykit.monitor.newcomers import Newcomers
 
@@ -24,6 +25,17 @@ def new_run_dir() -> Path:
     stamp = datetime.now().astimezone().strftime("%Y-%m-%d-%H%M%S")
     candidates = (Path("runs") / (stamp + (f"-{count}" if count else "")) for count in range(1000))
     return next(path for path in candidates if not path.exists())
+
+
+def as_path(run_dir: object) -> Path:
+    """The caller's run folder.
+
+    Raises:
+        UsageError: it is no path.
+    """
+    if not isinstance(run_dir, str | os.PathLike):
+        raise UsageError(f"attach: got run_dir={run_dir!r:.60}, expected a path; it is made if need be")
+    return Path(run_dir)
 
 
 class Aftermath:
@@ -61,13 +73,18 @@ class Aftermath:
                 with suppress(OSError):
                     os.setpriority(os.PRIO_PROCESS, self._compactor.pid, _LEAST_PRIORITY)
 
+    @property
+    def report(self) -> Path:
+        """Where the report is, or will be: relative to where the script is now only if it is where it was."""
+        away = "" if self._directory in (None, Path.cwd()) else str(self._directory)
+        return Path(away, self._run_dir, "report.html")
+
     def render(self) -> str:
         """Render the report and wait for it; its path, empty when none is wanted or it could not be made."""
         if os.getpid() != self._pid or not self._config.report:
             return ""
         done = _wait(self._start("stabilitykit", "report", str(self._run_dir)))
-        path = self._run_dir / "report.html"
-        return str(path) if done and Path(self._directory or "", path).exists() else ""
+        return str(self.report) if done and self.report.exists() else ""
 
     def finish(self) -> None:
         """Write the parquet parts, then the report of the whole run."""

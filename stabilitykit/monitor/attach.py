@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from stabilitykit.config import ON_NONFINITE, MonitorConfig
 from stabilitykit.errors import UsageError
-from stabilitykit.monitor.aftermath import new_run_dir
+from stabilitykit.monitor.aftermath import as_path, new_run_dir
 from stabilitykit.monitor.monitor import Monitor, OnNonFinite
 
 
@@ -63,11 +63,10 @@ def attach(
     if wrong := [type(entry).__name__ for entry in optimizers if not isinstance(entry, Optimizer)]:
         raise UsageError(f"attach: got {wrong[0]} as optimizer, expected a torch.optim.Optimizer or a sequence of them")
     also = tuple(entry for entry in stateful if isinstance(entry, Optimizer) and entry not in optimizers)
-    folder = Path(run_dir) if run_dir is not None else new_run_dir()
     return Monitor(
         model,
         (*optimizers, *also),
-        folder,
+        new_run_dir() if run_dir is None else as_path(run_dir),
         config=MonitorConfig.of(config),
         on_nonfinite=on_nonfinite,
         scaler=scaler,

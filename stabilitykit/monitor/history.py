@@ -97,7 +97,7 @@ class History:
 
     def begin(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], *, touched: bool = False) -> None:
         """A step is about to run; `touched`: the caller knows of a change of state since the last one."""
-        if self._cut:
+        if self._cut or any(past.reading is None for past in self.recent()[-1:]):  # left half-way, by an exception
             self.forget()
         if touched or self._snapshot_due():
             started = time.perf_counter()

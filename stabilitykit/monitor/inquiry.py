@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,29 @@ from stabilitykit.diagnose.graph import Leaf
 from stabilitykit.diagnose.numbers import bad_numbers
 from stabilitykit.diagnose.retrace import Subject, batch_name, retrace
 from stabilitykit.diagnose.walk import find_origin
+from stabilitykit.errors import UsageError
 from stabilitykit.measure.values import is_finite
 from stabilitykit.monitor.history import History, PastStep, Step
 from stabilitykit.schema import Diagnosis
 from stabilitykit.snapshot import Snapshot, TrainingState, tensors_of
 from stabilitykit.watch.reading import Reading
+
+
+def refuse_deferred(function: Callable[..., Any]) -> None:
+    """Refuse what does not do a step when it is called.
+
+    Raises:
+        UsageError: it is no function, or a coroutine or a generator.
+    """
+    if not callable(function):
+        raise UsageError(
+            f"replayable: got a {type(function).__name__}, expected the function that does a step; do not call it yet"
+        )
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        raise UsageError(
+            f"replayable: got {function.__name__}, a coroutine or generator, expected a function that has done its "
+            "step when it returns; use `with monitor.step():` around the step instead"
+        )
 
 
 @dataclass(frozen=True)

@@ -77,11 +77,24 @@ class Ledger:
 
     def log(self, *, task: int | None, epoch: int | None, scalars: Mapping[str, float | Tensor]) -> None:
         """Numbers of the caller's, written with the next step row."""
-        if task is not None and task != self.task:
-            self.task = task
-            self.event(Event(kind="task", message=f"task {task} begins", data={"task": task}))
-        self._epoch = self._epoch if epoch is None else epoch
-        self._scalars |= scalars
+        told = {name: int(value) for name, value in self.numbers("log", _given(task=task, epoch=epoch)).items()}
+        if told.get("task", self.task) != self.task:
+            self.task = told["task"]
+            self.event(Event(kind="task", message=f"task {self.task} begins", data={"task": self.task}))
+        self._epoch = told.get("epoch", self._epoch)
+        self._scalars |= self.numbers("log", scalars)
+
+    def numbers(self, where: str, given: Mapping[str, Any]) -> dict[str, float | Tensor]:
+        """The caller's numbers, tensors yet to be brought over; what is none is left out, and said once."""
+        numbers: dict[str, float | Tensor] = {}
+        for name, value in given.items():
+            try:
+                one = isinstance(value, Tensor) and value.numel() == 1
+                numbers[name] = value.detach().reshape(()) if one else float(value)
+            except (TypeError, ValueError, RuntimeError):
+                got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.60}"
+                self.own_error(TypeError(f"{where}: got {got} as {name}, expected a number; it is left out"))
+        return numbers
 
     def event(self, event: Event) -> None:
         """Something that happened, written with the next step row."""
@@ -196,9 +209,7 @@ class Ledger:
         terms = {f"loss/{name}": value for name, value in reading.losses.items() if name in names[1:] or name != "loss"}
         self._loss_terms += [name for name in terms if name not in self._loss_terms]
         rates = {f"lr/{group}": rate for group, rate in enumerate(learning_rates) if group > 0}
-        given = {
-            name: number for name, value in self._scalars.items() if (number := self._number(name, value)) is not None
-        }
+        given = {name: float(value) for name, value in self._scalars.items()}
         self._scalars = {}
         values = terms | rates | given
         if not values:
@@ -208,14 +219,6 @@ class Ledger:
         for position, (name, value) in enumerate(values.items()):
             rows[position] = (micro, self.recorder.scalar_id(name), value)
         return rows
-
-    def _number(self, name: str, value: float | Tensor) -> float | None:
-        """The caller's number; None, said once, for what is none."""
-        try:
-            return float(value)
-        except (TypeError, ValueError, RuntimeError):
-            self.own_error(TypeError(f"log: got {name}={value!r:.60}, expected a number; it is left out"))
-            return None
 
     def _audit(self, step: int) -> Rows | None:
         every = self._config.audit_every
@@ -260,6 +263,10 @@ def _stamped(event: Event) -> Event:
         wall_time=time.time(),
         data=event.data,
     )
+
+
+def _given(**numbers: int | None) -> dict[str, int]:
+    return {name: number for name, number in numbers.items() if number is not None}
 
 
 def _ratio(clipped: float, norm: float) -> float:

@@ -27,12 +27,12 @@ from stabilitykit.monitor import wording
 from stabilitykit.monitor.aftermath import Aftermath, abandoned
 from stabilitykit.monitor.bystanders import bystanders_put_back
 from stabilitykit.monitor.history import History, Step
-from stabilitykit.monitor.inquiry import Inquiry, Outcome, Ran
+from stabilitykit.monitor.inquiry import Inquiry, Outcome, Ran, refuse_deferred
 from stabilitykit.monitor.ledger import Ledger, Rows
 from stabilitykit.monitor.newcomers import Newcomers, take_in
 from stabilitykit.monitor.run_up import RunUp
 from stabilitykit.monitor.unwrapped import is_compiled, only_compiled, symptoms
-from stabilitykit.schema import Diagnosis, Event
+from stabilitykit.schema import Diagnosis
 from stabilitykit.snapshot import RandomStates, Snapshot, TrainingState
 from stabilitykit.watch.buffer import bad_slots
 from stabilitykit.watch.parameters import named_parameters, outline
@@ -101,6 +101,7 @@ class Monitor:
         The function gets its batch as arguments and does zero_grad, forward, backward and the optimizer's step; what it
         returns is handed on (`skip` and `rollback` give None). Return the loss: it is checked as well.
         """
+        refuse_deferred(function)
         self._mode = "replayable"
 
         @functools.wraps(function)
@@ -125,7 +126,7 @@ class Monitor:
         finally:
             self._inside = False
         if not self._closed:
-            self._end_unwrapped()
+            self._finish(self._judge_unwrapped(before_update=False))
 
     def log(self, *, task: int | None = None, epoch: int | None = None, **scalars: float | Tensor) -> None:
         """Record numbers of your own with the current step; `task` and `epoch` hold until they are set again."""
@@ -134,8 +135,7 @@ class Monitor:
 
     def log_loss(self, **terms: float | Tensor) -> None:
         """Record the terms of the loss by name: each is checked, and a fault names the term it came through."""
-        for name, value in terms.items():
-            self._losses[name] = value.detach() if isinstance(value, Tensor) else float(value)
+        self._losses |= self._ledger.numbers("log_loss", terms)
 
     def log_samples(self, indices: Sequence[int] | Tensor) -> None:
         """Say which samples of the data set the rows of this step's batch are, so that a diagnosis can name them."""
@@ -144,9 +144,7 @@ class Monitor:
     def log_event(self, kind: str, message: str, **data: Any) -> None:
         """Record something that happened: a guard that acted, a change of task."""
         if not self.replaying and not self._closed:
-            severity = data.pop("severity", "info")
-            subject = str(data.pop("subject", ""))
-            self._ledger.event(Event(kind=kind, message=message, severity=severity, subject=subject, data=data))
+            self._ledger.event(wording.told(kind, message, **data))
 
     def note(self, **facts: Any) -> None:
         """Add facts to `run.json`: results, settings; anything JSON can hold."""
@@ -166,7 +164,7 @@ class Monitor:
     @property
     def report(self) -> Path:
         """Where the HTML report is, or will be."""
-        return self.run_dir / "report.html"
+        return self._aftermath.report
 
     def close(self, error: BaseException | None = None) -> None:
         """Take all hooks off, seal the record, write the parquet parts and the report.  Harmless when repeated."""
@@ -187,6 +185,9 @@ class Monitor:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close(error)
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # there is one record: a copy of the trainer that holds it shares it, its hooks are inert
 
     # A step.
 
@@ -220,7 +221,8 @@ class Monitor:
             self._note_unused(ran)
         if ran.reading.mended_gradients:
             self._ledger.event(wording.mended_gradients(ran.reading))
-        self._settle(ran.reading, seconds)
+        if raised is None:
+            self._settle(ran.reading, seconds)
         self._finish(ran.reading, seconds)
         return ran.outcome()
 
@@ -455,13 +457,10 @@ class Monitor:
 
     def _update_ended(self, optimizer: Optimizer) -> None:
         if self._mode == "plain" and optimizer is self._optimizers[0]:
-            self._end_unwrapped()
+            self._finish(self._judge_unwrapped(before_update=False))
             self._begin_step()
 
     # Without a replayable step.
-
-    def _end_unwrapped(self) -> None:
-        self._finish(self._judge_unwrapped(before_update=False))
 
     def _judge_unwrapped(self, *, before_update: bool) -> Reading:
         """Judge what is known so far: before the update, where harm can still be kept off, and when the step ends."""

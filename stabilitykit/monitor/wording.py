@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch.optim import Optimizer
 
@@ -41,6 +42,12 @@ PROOF: Mapping[str, str] = {
     "hooks": "known from module hooks",
     "record": "known from the record",
 }
+
+
+def told(kind: str, message: str, *, severity: Any = "info", subject: object = "", **data: Any) -> Event:
+    """An event of the caller's."""
+    known: Any = severity if severity in ("info", "warning", "error") else "info"
+    return Event(kind=str(kind), message=str(message), severity=known, subject=str(subject), data=data)
 
 
 def not_noted(reason: str) -> str:

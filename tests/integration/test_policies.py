@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import stabilitykit as sk
 
 QUIET = sk.MonitorConfig(report=False, compact=False, snapshot_every=1)
+FEW_SNAPSHOTS = QUIET.replace(snapshot_every=10)
 
 
 class Training:
@@ -385,6 +386,36 @@ def test_an_assertion_of_the_callers_about_a_nan_is_told_with_its_origin(tmp_pat
 
     assert isinstance(caught.value.__cause__, AssertionError)
     assert (monitor.diagnosis.origin.phase, monitor.diagnosis.origin.samples) == ("data", (2,))
+
+
+@pytest.mark.parametrize("left", [KeyboardInterrupt, SystemExit, StopIteration, KeyError])
+def test_a_step_that_was_left_half_way_is_not_run_again_on_the_way_to_a_later_one(
+    left: type[BaseException], tmp_path: Path
+) -> None:
+    training = Training(bad=(6,))
+    calls: list[int] = []
+
+    with sk.attach(training.model, training.optimizer, tmp_path / "run", config=FEW_SNAPSHOTS) as monitor:
+
+        @monitor.replayable
+        def step(index: int) -> Tensor:
+            calls.append(index)
+            loss = training.step(training.batches[index])
+            if index == 3:
+                raise left("enough")
+            return loss
+
+        for index in range(3):
+            step(index)
+        with pytest.raises(left):
+            step(3)
+        for index in range(4, 6):
+            step(index)
+        before = len(calls)
+        with pytest.raises(sk.NonFiniteError, match="bit-identical"):
+            step(6)
+
+    assert 3 not in calls[before:]
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit, GeneratorExit])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def hooks(model: nn.Module) -> int:
         ({"scaler": object()}, "expected"),
         ({"stateful": 3}, "expected"),
         ({"config": 3}, "attach: got config 3, expected"),
+        ({"config": {"cadence": 3}}, "attach: got config .*, expected a MonitorConfig or one of light"),
+        ({"run_dir": 3}, "attach: got run_dir=3, expected a path"),
     ],
     ids=str,
 )
@@ -73,6 +76,61 @@ def test_an_argument_that_cannot_be_right_is_refused_in_one_clear_line(
 def test_an_option_out_of_its_range_is_refused_with_the_range(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(sk.UsageError, match=complaint):
         sk.MonitorConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"cadence": "often"}, {"cadence": 1.5}, {"replays": True}, {"budget": None}], ids=str
+)
+def test_an_option_of_another_kind_is_refused_with_the_kind(options: dict[str, Any]) -> None:
+    with pytest.raises(sk.UsageError, match=r"MonitorConfig: got .*, expected a (whole )?number of at least"):
+        sk.MonitorConfig(**options)
+
+
+async def deferred() -> None:
+    """A step that is done when somebody waits for it."""
+
+
+def generated() -> Iterator[None]:
+    """A step that is done when somebody draws from it."""
+    yield
+
+
+@pytest.mark.parametrize("function", [torch.tensor(0.5), None, deferred, generated], ids=str)
+def test_what_has_not_done_its_step_when_it_returns_is_refused(function: Any, tmp_path: Path, model: nn.Module) -> None:
+    with (
+        sk.attach(model, None, tmp_path / "run", config=QUIET) as monitor,
+        pytest.raises(sk.UsageError, match=r"replayable: got .*, expected"),
+    ):
+        monitor.replayable(function)
+
+
+def test_a_copy_of_whatever_holds_the_monitor_leaves_the_record_alone(tmp_path: Path, model: nn.Module) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with sk.attach(model, optimizer, tmp_path / "run", config=QUIET) as monitor:
+        for _ in range(3):
+            trainer = copy.deepcopy({"model": model, "monitor": monitor})
+            assert trainer["monitor"] is monitor
+            del trainer
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+
+    run = sk.open_run(tmp_path / "run")
+    assert len(run.steps()) == 3
+    assert run.damage == []
+
+
+def test_the_report_is_found_although_the_script_has_changed_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: nn.Module
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monitor = sk.attach(model, None, "run", config=sk.MonitorConfig(compact=False))
+    assert monitor.report == Path("run/report.html")
+
+    monkeypatch.chdir("/")
+    monitor.close()
+
+    assert monitor.report == tmp_path / "run" / "report.html"
+    assert monitor.report.exists()
 
 
 def test_an_option_that_does_not_exist_is_refused_with_those_that_do() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -179,7 +181,44 @@ def test_scalars_that_are_no_numbers_do_not_break_the_run(tmp_path: Path) -> Non
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", RuntimeWarning)
-        monitor.log(accuracy=torch.ones(2), note="text")  # type: ignore[arg-type]
+        monitor.log(accuracy=torch.ones(2), note="text", good=0.5, task="first")  # type: ignore[arg-type]
         loss = monitor.replayable(step)(torch.randn(3, 4))
 
     assert loss.isfinite()
+    steps = sk.open_run(tmp_path / "run").steps()
+    assert steps["good"].tolist() == [0.5]
+    assert "accuracy" not in steps
+
+
+def test_a_loss_term_that_is_no_number_hides_no_fault(tmp_path: Path) -> None:
+    model, optimizer, step = training()
+
+    with sk.attach(model, optimizer, tmp_path / "run", config=FULL, on_nonfinite="record") as monitor:
+
+        @monitor.replayable
+        def watched(batch: Tensor) -> Tensor:
+            monitor.log_loss(terms=torch.ones(2), ce=torch.tensor([0.5]))
+            return step(batch)
+
+        with pytest.warns(RuntimeWarning, match=r"log_loss: got a tensor of shape \(2,\) as terms, expected a number"):
+            watched(torch.full((3, 4), torch.nan))
+
+    assert monitor.diagnosis is not None
+    assert monitor.diagnosis.origin.phase == "data"
+
+
+def test_facts_and_events_may_hold_anything(tmp_path: Path) -> None:
+    model, optimizer, step = training()
+
+    with sk.attach(model, optimizer, tmp_path / "run", config=FULL) as monitor:
+        monitor.note(accuracy=np.float32(0.5), score=torch.tensor(0.25), where=Path("a/b"), classes={3}, what=object)
+        monitor.log_event("evaluated", "done", accuracy=np.float32(0.5), matrix=torch.eye(2), severity="dreadful")
+        monitor.replayable(step)(torch.randn(3, 4))
+
+    run = sk.open_run(tmp_path / "run")
+    assert run.ending == "completed"
+    assert run.meta["accuracy"] == 0.5
+    assert run.meta["score"] == 0.25
+    assert run.meta["where"] == "a/b"
+    assert run.meta["classes"] == [3]
+    assert json.loads(run.events()["data"][0]) == {"accuracy": 0.5, "matrix": [[1.0, 0.0], [0.0, 1.0]]}
