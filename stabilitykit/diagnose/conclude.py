@@ -94,23 +94,47 @@ def _phase(finding: Finding) -> Phase:
     source = finding.origin
     if isinstance(source, Leaf):
         return _LEAF_PHASES[source.kind]
-    if source.phase != "forward":
+    if source.phase not in ("forward", "clip"):
         return source.phase
-    role = finding.symptom.role
-    if role == "module_buffer":
+    if finding.symptom.role == "module_buffer":
         return "state"
-    by_hand: Mapping[str, Phase] = {"gradient_clipped": "clip", "parameter": "optimizer"}
-    return by_hand.get(role, source.phase) if source.aside else source.phase
+    return _phase_by_hand(finding, source) if source.aside or source.phase == "clip" else source.phase
+
+
+def _phase_by_hand(finding: Finding, source: Operation) -> Phase:
+    """What code after backward was about: what it wrote first says so, else what showed the harm."""
+    wrote = _first_write(finding)
+    if wrote is not None:
+        return "clip" if wrote.writes_kind == "gradient" else "optimizer"
+    role = finding.symptom.role
+    shown: Mapping[str, Phase] = {
+        "gradient_clipped": "clip",
+        "parameter": "optimizer",
+        "loss": "forward",
+        "probed": "forward",
+        "returned": "forward",
+    }
+    return shown.get(role, source.phase)
+
+
+def _first_write(finding: Finding) -> Operation | None:
+    return next((entry for entry in finding.path if entry.writes_kind in ("gradient", "parameter")), None)
 
 
 def _tensor(finding: Finding, phase: Phase) -> str:
     """The parameter, module buffer, gradient or batch entry the phase is about."""
-    source = finding.origin
+    source, symptom = finding.origin, finding.symptom
     if isinstance(source, Leaf) and phase != "optimizer":
         return source.name
+    is_tensor = symptom.role not in ("loss", "probed", "returned", "error")
     if phase in ("optimizer", "clip", "state"):
-        return finding.symptom.name or (source.writes if isinstance(source, Operation) else source.name)
-    return finding.symptom.name if phase == "backward" and finding.symptom.role.startswith("gradient") else ""
+        wrote = _first_write(finding)
+        return (is_tensor and symptom.name) or (wrote.writes if wrote else "") or _own_name(source)
+    return symptom.name if phase == "backward" and symptom.role.startswith("gradient") else ""
+
+
+def _own_name(source: Operation | Leaf) -> str:
+    return source.writes if isinstance(source, Operation) else source.name
 
 
 def _samples(finding: Finding, phase: Phase, context: Context) -> tuple[tuple[int, ...], str]:

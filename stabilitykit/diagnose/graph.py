@@ -58,7 +58,7 @@ class Operation:
         places_constant: it only puts a given Inf somewhere (a mask's fill): intended until it does harm.
         scalar: a non-finite Python number among its arguments, as text.
         rows: bad rows of the output along its first dimension.
-        writes: name of the parameter, module buffer or gradient it wrote into, if any.
+        writes: name of the parameter, module buffer or gradient it wrote into, if any; `writes_kind` says which.
         exact_absmax: largest magnitude of the same operation in float64, where a narrow dtype overflowed.
         aside: it ran after backward and outside autograd: part of clipping or of an update by hand.
     """
@@ -77,6 +77,7 @@ class Operation:
     scalar: str = ""
     rows: tuple[int, ...] = ()
     writes: str = ""
+    writes_kind: str = ""
     exact_absmax: float | None = None
     aside: bool = False
 
@@ -88,7 +89,7 @@ Source = Operation | Leaf
 class Symptom:
     """Where a non-finite value was noticed: the loss, a gradient, a parameter, a module buffer."""
 
-    role: Literal["loss", "gradient", "gradient_clipped", "parameter", "module_buffer", "returned", "error"]
+    role: Literal["loss", "probed", "gradient", "gradient_clipped", "parameter", "module_buffer", "returned", "error"]
     name: str
     source: Source
 

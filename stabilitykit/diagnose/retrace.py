@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -59,14 +59,16 @@ def retrace(
     for path, tensor in bad_numbers((args, dict(kwargs))):
         tracer.hand_out(batch_leaf(batch_name(path), tensor), nan=bool(tensor.isnan().any()))
     finite_before = {name: is_finite(buffer) for name, buffer in subject.model.named_buffers()}
-    returned, error, stepped = None, None, [False]
-    with _plugged(tracer, stepped), torch.compiler.set_stance("force_eager"):
+    returned, error = None, None
+    updated: set[int] = set()
+    with _plugged(tracer, updated), torch.compiler.set_stance("force_eager"):
         try:
             with tracer:
                 returned = step(*args, **kwargs)
         except Exception as raised:  # noqa: BLE001 - the step's own error, handed to the caller
             error = raised
-    _notice_ends(tracer, subject, returned, error, stepped[0] or unused_gradients, finite_before)
+    used = {n for n, p in subject.parameters.items() if unused_gradients or id(p) in updated}
+    _notice_ends(tracer, subject, returned, error, used, finite_before)
     return Retraced(tracer.result(), returned, error)
 
 
@@ -105,17 +107,21 @@ def batch_name(path: str) -> str:
 
 
 @contextmanager
-def _plugged(tracer: Tracer, stepped: list[bool]) -> Iterator[None]:
+def _plugged(tracer: Tracer, updated: set[int]) -> Iterator[None]:
+    """Hooks for a traced step; `updated` is filled with the ids of the parameters that an optimizer updates."""
+
     def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         found_inf = getattr(optimizer, "found_inf", None)
-        stepped[0] = stepped[0] or not (isinstance(found_inf, Tensor) and bool(found_inf))
+        if not (isinstance(found_inf, Tensor) and bool(found_inf)):
+            updated.update(id(entry) for group in optimizer.param_groups for entry in group["params"])
         tracer.enter_optimizer()
         given = {key: tracer.outside_update(value) if callable(value) else value for key, value in kwargs.items()}
         return tuple(tracer.outside_update(entry) if callable(entry) else entry for entry in args), given
 
-    def before_backward(roots: list[Tensor]) -> None:
+    def before_backward(roots: Sequence[Tensor], accumulates: bool) -> None:
+        tracer.behind_loss |= _behind(roots)
         for root in roots:
-            tracer.notice("loss", "loss", root)
+            tracer.notice("loss" if accumulates else "probed", "loss", root)
 
     with ExitStack() as stack:
         stack.callback(register_module_forward_pre_hook(tracer.enter_module).remove)
@@ -123,7 +129,7 @@ def _plugged(tracer: Tracer, stepped: list[bool]) -> Iterator[None]:
         stack.callback(register_optimizer_step_pre_hook(before_step).remove)  # of any optimizer, known to us or not
         stack.callback(register_optimizer_step_post_hook(lambda *_: tracer.leave_optimizer()).remove)
         stack.enter_context(watching_exports(tracer.exported))
-        stack.enter_context(watching_backward(before_backward, tracer.backward_ended))
+        stack.enter_context(watching_backward(before_backward, tracer.backward_ended, tracer.gradients_given))
         yield
 
 
@@ -132,14 +138,15 @@ def _notice_ends(
     subject: Subject,
     returned: Any,
     error: Exception | None,
-    stepped: bool,
+    used: Collection[str],
     finite_before: Mapping[str, bool],
 ) -> None:
-    """What can only be seen when the step is over."""
-    if not stepped:
-        tracer.symptoms = [entry for entry in tracer.symptoms if not entry.role.startswith("gradient")]
+    """What can only be seen when the step is over; `used` names the parameters whose gradients an optimizer used."""
+    tracer.symptoms = [
+        entry for entry in tracer.symptoms if not entry.role.startswith("gradient") or entry.name in used
+    ]
     for _, tensor in tensors_of(returned):
-        if tensor.requires_grad:
+        if tensor.requires_grad and tensor.numel() == 1 and _is_loss(tensor, tracer.behind_loss):
             tracer.notice("returned", "loss", tensor)
     for name, parameter in subject.parameters.items():
         tracer.notice("parameter", name, parameter.detach(), written=True)
@@ -149,3 +156,21 @@ def _notice_ends(
             tracer.notice("module_buffer", name, buffer)
     if error is not None:
         tracer.notice_error(error)
+    if all(entry.role == "probed" for entry in tracer.symptoms):  # a quantity that was differentiated, to no harm
+        tracer.symptoms = []
+
+
+def _behind(roots: Sequence[Tensor]) -> set[int]:
+    """Numbers of the autograd nodes that a backward from `roots` goes through."""
+    waiting = [root.grad_fn for root in roots if root.grad_fn is not None]
+    met = set(waiting)
+    while waiting:
+        following = {node for node, _ in waiting.pop().next_functions if node is not None} - met
+        met |= following
+        waiting += following
+    return {node._sequence_nr() for node in met}
+
+
+def _is_loss(returned: Tensor, behind_loss: Collection[int]) -> bool:
+    """Whether a returned number has a part in what was differentiated; any may be a loss where nothing was."""
+    return not behind_loss or (returned.grad_fn is not None and returned.grad_fn._sequence_nr() in behind_loss)

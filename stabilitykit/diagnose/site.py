@@ -15,7 +15,7 @@ import torch
 _TORCH = os.path.dirname(torch.__file__) + os.sep  # noqa: PTH120 - compared with co_filename as it is, on a hot path
 _OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep  # noqa: PTH120
 _NOT_THE_USERS = (_OURS, "<frozen", "<string")  # a notebook's cells start with "<ipython"
-_ENGINE = "_engine_run_backward"
+ENGINE = "_engine_run_backward"  # what every backward in torch.autograd calls
 _RECOMPUTE = os.path.join("torch", "utils", "checkpoint.py")  # noqa: PTH118
 
 
@@ -64,7 +64,7 @@ def find_caller(depth: int = 1) -> Caller:
     while frame is not None:
         code = frame.f_code
         file = code.co_filename
-        if code.co_name == _ENGINE:
+        if code.co_name == ENGINE:
             return Caller(_user_site(frame), in_backward_code=False, recomputed=recomputed)
         if file.startswith(_TORCH):
             recomputed = recomputed or file.endswith(_RECOMPUTE)
@@ -87,7 +87,7 @@ def _below_engine(frame: FrameType | None) -> bool:
     if torch._C._current_graph_task_id() == -1:  # spares the walk in forward
         return False
     while frame is not None:
-        if frame.f_code.co_name == _ENGINE:
+        if frame.f_code.co_name == ENGINE:
             return True
         frame = frame.f_back
     return False
@@ -97,7 +97,7 @@ def _recomputing(frame: FrameType | None) -> bool:
     """Whether checkpoint's own code lies between the engine and this frame."""
     if torch._C._current_graph_task_id() == -1:
         return False
-    while frame is not None and frame.f_code.co_name != _ENGINE:
+    while frame is not None and frame.f_code.co_name != ENGINE:
         if frame.f_code.co_filename.endswith(_RECOMPUTE):
             return True
         frame = frame.f_back

@@ -16,7 +16,7 @@ from stabilitykit.diagnose.arguments import Call
 from stabilitykit.diagnose.graph import Edge, Operation, Source, Symptom, Trace
 from stabilitykit.diagnose.labels import Labels, storage_key
 from stabilitykit.diagnose.numbers import Numbers
-from stabilitykit.diagnose.site import NOWHERE, Caller, Site, find_caller
+from stabilitykit.diagnose.site import ENGINE, NOWHERE, Caller, Site, find_caller
 from stabilitykit.diagnose.storages import Storages, has_nan
 from stabilitykit.measure.summary import bad_rows, summarise
 from stabilitykit.measure.values import is_finite
@@ -46,6 +46,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.labels = labels
         self.symptoms: list[Symptom] = []
+        self.behind_loss: set[int] = set()  # numbers of the autograd nodes that the step's backwards went through
         self.num_operations = 0
         self._module_names = module_names
         self._parameters = parameters
@@ -83,6 +84,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """A backward has ended: the gradients are as it left them."""
         self._after_backward = True
         self.notice_gradients("gradient")
+
+    def gradients_given(self, gradients: Sequence[Tensor]) -> None:
+        """`torch.autograd.grad` has returned; what can be differentiated further is part of the forward."""
+        with self.paused():
+            for gradient in gradients:
+                storage = None if gradient.requires_grad else self._storages.of(gradient)
+                if storage is not None:
+                    storage.gradient = self._after_backward = True
 
     def enter_optimizer(self) -> None:
         """An optimizer's step starts: a gradient that was bad and has been mended since does no harm."""
@@ -277,8 +286,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             scalar=call.nonfinite_scalar,
             rows=bad_rows(first),
             aside=self._after_backward and not call.differentiable,
-            writes=self._written_name(bad),
         )
+        operation.writes, operation.writes_kind = self._written(bad)
         if not edges and first.dtype in (torch.float16, torch.bfloat16):
             operation.exact_absmax = call.absmax_in_float64(kept)
         return operation
@@ -304,16 +313,18 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         forward = self._forwards.get(torch._C._current_autograd_node()._sequence_nr())
         return forward.module if forward is not None else ""
 
-    def _written_name(self, bad: Sequence[Tensor]) -> str:
+    def _written(self, bad: Sequence[Tensor]) -> tuple[str, str]:
+        """Name and kind of the parameter, module buffer or gradient among the written tensors."""
         for tensor in bad:
             if name := self.labels.name(tensor):
-                return name
+                return name, self.labels.kind(tensor) or ""
             storage = self._storages.known(tensor)
             if storage is not None and storage.gradient:
                 key = storage_key(tensor)
                 gradients = ((n, p.grad) for n, p in self._parameters.items() if p.grad is not None)
-                return next((name for name, gradient in gradients if storage_key(gradient) == key), "")
-        return ""
+                name = next((name for name, gradient in gradients if storage_key(gradient) == key), "")
+                return name, "gradient" if name else ""
+        return "", ""
 
     # Storages.
 
@@ -343,24 +354,30 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def watching_backward(before: Callable[[list[Tensor]], None], after: Callable[[], None]) -> Iterator[None]:
-    """Report the roots of every backward in the block, and the end of those that leave gradients.
+def watching_backward(
+    before: Callable[[Sequence[Tensor], bool], None],
+    after: Callable[[], None],
+    given: Callable[[Sequence[Tensor]], None],
+) -> Iterator[None]:
+    """Report the roots of every backward in the block, the end of one that accumulates, and gradients handed out.
 
-    A backward has no hook for its roots, so `torch.autograd`'s two entry points are wrapped, during a replay only.
+    A backward has no hook for its roots. `torch.autograd`'s entry points both call one function, which is wrapped,
+    during a replay only: user code may hold `torch.autograd.grad` under a name of its own.
     """
-    backward, grad = torch.autograd.backward, torch.autograd.grad
+    run = getattr(torch.autograd, ENGINE)
 
-    def watched_backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
-        before([tensors] if isinstance(tensors, Tensor) else list(tensors))
-        backward(tensors, *args, **kwargs)
-        after()
+    def watched(roots: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        accumulates = bool(kwargs.get("accumulate_grad"))
+        before([root for root in roots if isinstance(root, Tensor)], accumulates)
+        gradients = run(roots, *args, **kwargs)
+        if accumulates:
+            after()
+        else:
+            given([entry for entry in gradients if isinstance(entry, Tensor)])
+        return gradients
 
-    def watched_grad(outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        before([outputs] if isinstance(outputs, Tensor) else list(outputs))
-        return grad(outputs, *args, **kwargs)
-
-    torch.autograd.backward, torch.autograd.grad = watched_backward, watched_grad
+    setattr(torch.autograd, ENGINE, watched)
     try:
         yield
     finally:
-        torch.autograd.backward, torch.autograd.grad = backward, grad
+        setattr(torch.autograd, ENGINE, run)

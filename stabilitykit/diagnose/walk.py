@@ -49,7 +49,8 @@ def trace_back(symptom: Symptom, intended: Callable[[Leaf], bool]) -> Finding | 
     if search.causes:
         origin, entry = min(search.causes, key=lambda cause: _order(cause[0], search))
         return Finding(origin, symptom, search.path_from(origin), entry if isinstance(origin, Leaf) else None)
-    turned = [turn for constant in search.constants if (turn := _turning_point(search.path_from(constant)))]
+    kept = symptom.role == "module_buffer"
+    turned = [turn for constant in search.constants if (turn := _turning_point(search.path_from(constant), kept=kept))]
     if not turned:
         return None
     origin = min(turned, key=lambda operation: operation.index)
@@ -115,10 +116,11 @@ def _order(source: Source, search: _Search) -> int:
     return path[0].index if path else -1
 
 
-def _turning_point(path: Sequence[Operation]) -> Operation | None:
+def _turning_point(path: Sequence[Operation], *, kept: bool) -> Operation | None:
     """Where an intended Inf did harm: the first NaN, else a change of sign, else the op that left nothing finite.
 
-    None where the symptom is the constant itself, put there on purpose (a running minimum that is reset).
+    None where the symptom is the constant itself, put there on purpose (a running minimum that is reset), or where it
+    is only `kept` as it is, in a module's buffer (a mask that is made when it is first needed).
     """
     acted = [operation for operation in path if not operation.places_constant]
     for operation in acted:
@@ -132,6 +134,8 @@ def _turning_point(path: Sequence[Operation]) -> Operation | None:
             and sum(signs[position - 1]) == 1
         ):
             return path[position]
+    if kept:
+        return None
     for operation in acted:
         if operation.output.posinf + operation.output.neginf == operation.output.numel:
             return operation

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -80,8 +80,8 @@ class Sentinel:
             handle.remove()
         self._handles.clear()
 
-    def read(self, losses: Mapping[str, Tensor | float]) -> Reading:
-        """Judge the step that has just ended."""
+    def read(self, losses: Mapping[str, Tensor | float], excused: Collection[str] = ()) -> Reading:
+        """Judge the step that has just ended; losses that are `excused` may be anything."""
         norms = (self.gradients.before, self.gradients.clipped, self._norms.measure(), self._buffers.norms())
         on_device = {name: entry.detach() for name, entry in losses.items() if isinstance(entry, Tensor)}
         waiting = [scalar for group in norms for scalar in group.pending]
@@ -99,7 +99,7 @@ class Sentinel:
             num_backwards=self.gradients.num_backwards,
             stepped=self._stepped or any(next(received) == 0 for _ in self._found_inf),
             changed_gradients=changed,
-            bad_losses=_bad(seen),
+            bad_losses=[name for name in _bad(seen) if name not in excused],
             bad_gradients=self._confirmed_gradients(before, still_there=not changed),
             bad_clipped=self._confirmed_gradients(clipped, still_there=True),
             bad_parameters=self._newly_bad_parameters(after),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from stabilitykit.watch.parameters import ParameterWatch
 from stabilitykit.watch.reading import Reading
 from stabilitykit.watch.rows import Names, RowCollector
 from stabilitykit.watch.sentinel import Sentinel
+
+PATIENCE = 3  # unfounded suspicions of a number that the step returns, before it is taken for a metric
 
 
 class Watch:
@@ -61,7 +64,8 @@ class Watch:
             on_optimizer=self._update_begins,
             after_optimizer=after_update,
         )
-        self._acquitted: set[str] = set()
+        self._acquitted: set[str] = set()  # metrics among what the step returns, by path
+        self._suspected: Counter[str] = Counter()  # how often without ground, where it has a gradient
         self._closed = False
 
     @property
@@ -102,7 +106,8 @@ class Watch:
         for path, tensor in tensors_of(returned):
             if tensor.numel() == 1 and tensor.is_floating_point() and path not in self._acquitted:
                 losses[f"loss{path}"] = tensor.detach().reshape(())
-        return self._sentinel.read(losses | dict(terms))
+        excused = [f"loss{path}" for path, times in self._suspected.items() if times >= PATIENCE]
+        return self._sentinel.read(losses | dict(terms), excused)
 
     def touched(self) -> bool:
         """Whether parameters were written to since the last step."""
@@ -117,11 +122,17 @@ class Watch:
         self._sentinel.forget()
 
     def acquit(self, reading: Reading, returned: Any) -> None:
-        """What looked bad does no harm (a metric of 0 / 0): do not look into it again."""
+        """What looked bad does no harm (a metric of 0 / 0): do not look into it again.
+
+        What has a gradient may be a loss that was left out this once: it is looked into a few times.
+        """
         self._sentinel.accept(reading)
         for path, tensor in tensors_of(returned):
-            if tensor.numel() == 1 and not tensor.requires_grad and not is_finite(tensor):
-                self._acquitted.add(path)
+            if tensor.numel() == 1 and not is_finite(tensor):
+                if tensor.requires_grad:
+                    self._suspected[path] += 1
+                else:
+                    self._acquitted.add(path)
 
     def update_norm(self, micro: int) -> float:
         """Measure parameters and updates on a recorded step; the L2 norm of the update, nan on any other."""

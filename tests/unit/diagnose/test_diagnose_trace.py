@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import grad as _grad
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
@@ -244,6 +245,67 @@ def test_a_non_finite_value_that_does_no_harm_is_no_fault(head: Callable[[], nn.
     batches = [torch.randn(3, 4) for _ in range(3)]
 
     assert diagnose(Network(head()), tmp_path / "run", *batches) is None
+
+
+def test_a_metric_with_a_gradient_is_looked_into_a_few_times_and_then_taken_for_one(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    replays = 0
+
+    def train_step(batch: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal replays
+        replays += monitor.replaying
+        optimizer.zero_grad()
+        loss = model(batch).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss, (loss * 0).log()
+
+    config = sk.MonitorConfig(report=False, compact=False, snapshot_every=1)
+    with sk.attach(model, optimizer, tmp_path / "run", config=config) as monitor:
+        step = monitor.replayable(train_step)
+        for _ in range(6):
+            step(torch.ones(3, 2))
+
+    assert monitor.diagnosis is None
+    assert 3 <= replays <= 6  # a replay may run the step before as well
+
+
+@pytest.mark.parametrize("asked", [torch.autograd.grad, _grad], ids=["by its full name", "under a name of its own"])
+def test_what_is_reckoned_from_gradients_that_were_asked_for_is_told_by_where_it_goes(
+    asked: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = nn.Linear(4, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def clip(batch: Tensor) -> None:
+        (gradient,) = asked(model(batch).sum() * 0, model.weight)
+        model.weight.grad = gradient / gradient.norm()
+        optimizer.step()
+
+    def update(batch: Tensor) -> None:
+        (gradient,) = asked(model(batch).sum() * 0, model.weight)
+        with torch.no_grad():
+            model.weight -= gradient / gradient.norm()
+
+    def weigh(batch: Tensor) -> None:
+        (gradient,) = asked(model(batch).sum() * 0, model.weight)
+        (model(batch).sum() / gradient.norm()).backward()
+        optimizer.step()
+
+    found = [run_once(step, model, optimizer, tmp_path / step.__name__) for step in (clip, update, weigh)]
+
+    assert [origin.phase for origin in found] == ["clip", "optimizer", "forward"]
+    assert [origin.tensor for origin in found] == ["weight", "weight", ""]
+    assert {origin.op for origin in found} == {"div"}
+
+
+def run_once(step: Callable[[Tensor], None], model: nn.Module, optimizer: Optimizer, run_dir: Path) -> sk.Origin:
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    with sk.attach(model, optimizer, run_dir, config=QUIET, on_nonfinite="record") as monitor:
+        monitor.replayable(step)(torch.ones(3, 4))
+    return monitor.diagnosis.origin
 
 
 def test_a_metric_of_nan_that_is_returned_beside_the_loss_is_no_fault(tmp_path: Path) -> None:

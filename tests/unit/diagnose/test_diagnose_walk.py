@@ -147,6 +147,16 @@ def test_an_intended_leaf_is_walked_past_and_an_unintended_one_is_not() -> None:
     assert trace_back(noticed(softmax), never).origin is mask
 
 
+def test_a_constant_that_a_module_buffer_keeps_as_it_is_is_no_fault_there() -> None:
+    mask = op(1, "full", places=True, neginf=SIZE)
+    kept = op(2, "triu", edge(mask), neginf=1)
+    turned = op(3, "mul", edge(mask), nan=1)
+
+    assert trace_back(Symptom("module_buffer", "mask", kept), never) is None
+    assert trace_back(Symptom("module_buffer", "mask", turned), never).origin is turned
+    assert trace_back(Symptom("loss", "loss", kept), never).origin is kept
+
+
 def test_a_real_cause_beside_an_intended_constant_is_the_origin() -> None:
     fill = op(1, "masked_fill", places=True, neginf=1)
     overflow = op(2, "exp", posinf=1)
