@@ -18,10 +18,11 @@ def values(tensor: Tensor) -> Tensor | None:
     float32, DTensors give the local shard (no collective is ever issued).
 
     Returns:
-        None where there is nothing that could be non-finite or nothing to read: integers, bools, meta and fake tensors.
+        None where there is nothing that could be non-finite or nothing to read: integers, bools, meta and fake tensors,
+        and forward-mode autograd's zeros, which have no memory.
     """
     if ordinary(tensor):
-        return tensor.detach().resolve_neg()
+        return None if tensor._is_zerotensor() else tensor.detach().resolve_neg()  # noqa: SLF001 - no public name
     if not (tensor.is_floating_point() or tensor.is_complex()) or not _has_values(tensor):
         return None
     plain = tensor.detach()

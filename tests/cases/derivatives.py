@@ -389,7 +389,37 @@ def root(identifier, title, step, module, build, source=ZERO):
 
 CHECKPOINT = "https://github.com/pytorch/pytorch/issues/7617"
 COMPILED = "https://github.com/pytorch/pytorch/issues/6648"
+
+
+def build_forward_mode():
+    """The slope of the output along a direction, by forward-mode autograd, where one input is exactly 0."""
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    batches = [torch.rand(6, 5) + 0.1 for _ in range(8)]
+    batches[4][3, 2] = 0.0
+
+    def field(x):
+        return model(x.sqrt()).squeeze(1)  # <origin> forward_mode
+
+    def train_step(x):
+        optimizer.zero_grad()
+        _, slopes = torch.func.jvp(field, (x,), (torch.ones_like(x),))
+        loss = slopes.square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return Loop(model, optimizer, batches, train_step)
+
+
 CASES = [
+    Case(
+        id="forward_mode",
+        title="The root of 0 under torch.func.jvp",
+        source=ZERO,
+        truth=Truth(step=4, phase="forward", kind=("inf",), module=("",), op=("div", "sqrt")),
+        build=build_forward_mode,
+    ),
     root(
         "checkpoint_reentrant",
         "Reentrant checkpointing around the block",

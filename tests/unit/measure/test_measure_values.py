@@ -110,6 +110,13 @@ def test_a_conjugated_imaginary_part_keeps_its_sign() -> None:
     assert plain.tolist() == [-2.0, 4.0]
 
 
+def test_forward_modes_zeros_have_no_memory_to_read() -> None:
+    zeros = torch._efficientzerotensor(3)
+
+    assert values(zeros) is None
+    assert is_finite(zeros)
+
+
 def test_a_fake_tensor_holds_nothing_to_read() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
