@@ -16,6 +16,7 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep  # noqa: PTH120 - compared wit
 _OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep  # noqa: PTH120
 _NOT_THE_USERS = (_OURS, "<frozen", "<string")  # a notebook's cells start with "<ipython"
 ENGINE = "_engine_run_backward"  # what every backward in torch.autograd calls
+_SCALER = os.path.join("torch", "amp", "grad_scaler.py")  # noqa: PTH118
 _RECOMPUTE = os.path.join("torch", "utils", "checkpoint.py")  # noqa: PTH118
 
 
@@ -49,18 +50,20 @@ class Caller:
     """What the Python stack says of an operation: the user's innermost line, and whether autograd's engine is below it.
 
     `in_backward_code` is True for user code that the engine called: a custom Function's backward or a tensor hook.
-    `recomputed` is True for a forward that activation checkpointing runs again.
+    `recomputed` is True for a forward that activation checkpointing runs again, `scaling` for what a GradScaler does to
+    the loss: an Inf made there is what it skips for.
     """
 
     site: Site
     in_backward_code: bool
     recomputed: bool
+    scaling: bool = False
 
 
 def find_caller(depth: int = 1) -> Caller:
     """Walk out from the caller `depth` frames up to the first frame that is neither torch's nor ours."""
     frame: FrameType | None = sys._getframe(depth)
-    recomputed = False
+    recomputed = scaling = False
     while frame is not None:
         code = frame.f_code
         file = code.co_filename
@@ -68,9 +71,10 @@ def find_caller(depth: int = 1) -> Caller:
             return Caller(_user_site(frame), in_backward_code=False, recomputed=recomputed)
         if file.startswith(_TORCH):
             recomputed = recomputed or file.endswith(_RECOMPUTE)
+            scaling = scaling or (code.co_name == "scale" and file.endswith(_SCALER))
         elif not file.startswith(_NOT_THE_USERS):
             site = Site(file, frame.f_lineno, code.co_name)
-            return Caller(site, _below_engine(frame), recomputed or _recomputing(frame))
+            return Caller(site, _below_engine(frame), recomputed or _recomputing(frame), scaling)
         frame = frame.f_back
     return Caller(NOWHERE, in_backward_code=False, recomputed=recomputed)
 

@@ -282,7 +282,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             node=node.name() if node is not None else "",
             edges=list(edges),
             inputs=call.evidence(positions, kept) if may_be_origin else (),
-            places_constant=call.places_constant and output.nan == 0,
+            places_constant=(call.places_constant or caller.scaling) and output.nan == 0,
             scalar=call.nonfinite_scalar,
             rows=bad_rows(first),
             aside=self._after_backward and not call.differentiable,

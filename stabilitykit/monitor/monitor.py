@@ -82,7 +82,7 @@ class Monitor:
         self._diagnosis: Diagnosis | None = None
         self._step_index = config.first_step
         self._mode: Literal["plain", "block", "replayable"] = "plain"
-        self._inside = self._closed = self._concluded = False
+        self._inside = self._closed = self._concluded = self._settled = False
         self._losses: dict[str, Tensor | float] = {}
         self._num_faults = self._num_consecutive = self._num_looks = 0
         self._pending: Diagnosis | None = None  # of gradients that no optimizer has used yet
@@ -215,7 +215,7 @@ class Monitor:
         if self._closed:  # by the step itself
             return Ran(function, args, kwargs, Reading(losses={}), returned, raised).outcome()
         ran = Ran(function, args, kwargs, self._read(returned), returned, raised)
-        if replayable and (ran.reading.suspicious or ran.may_be_numerical):
+        if replayable and (ran.reading.suspicious or ran.may_be_numerical or self._odd_skip(ran.reading)):
             return self._suspect(ran)
         if replayable and ran.reading.unused_gradients:
             self._note_unused(ran)
@@ -324,6 +324,8 @@ class Monitor:
             self._state.restore(outcome.after)
             self._history.forget()
             self._watch.acquit(ran.reading, ran.returned)
+            if ran.reading.unused_gradients:
+                self._ledger.event(wording.unused_gradients(ran.reading, scaled=self._scaler is not None))
             if ran.reading.bad_buffers:
                 self._ledger.event(wording.written_buffers(ran.reading))
             self._finish(ran.reading, skipped=ran.raised is not None)
@@ -342,6 +344,11 @@ class Monitor:
         stored = bad_slots(self._subject.replay_buffer)
         diagnosis = by_hooks(symptoms(self._watch, ran.reading, stored), context)
         return only_compiled(diagnosis) if outcome.failure is None and is_compiled(self._model) else diagnosis
+
+    def _odd_skip(self, reading: Reading) -> bool:
+        """Whether a GradScaler that had found its scale skips: it was raised too far, or hides a loss that is bad."""
+        settled, self._settled = self._settled, reading.stepped
+        return settled and self._scaler is not None and reading.unused_gradients and self._num_faults == 0
 
     def _note_unused(self, ran: Ran) -> None:
         """Gradients are bad and no optimizer stepped: no fault, unless a later step of an accumulation uses them."""

@@ -163,7 +163,73 @@ def build_two_losses():
 
 ACCUMULATED = "https://github.com/espnet/espnet/pull/3283"
 BACKWARD = {"phase": "backward", "kind": ("inf",), "module": ("distance",), "op": ("sqrt",)}
+
+
+def build_hidden_micro_batch():
+    """The second of three micro-batches holds one sample: its loss is NaN, the scaler skips, the last loss is fine."""
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    sizes = [(6, 1 if index == 5 else 6, 6) for index in range(8)]
+    batches = [[(torch.randn(size, 5), torch.randint(3, (size,))) for size in step] for step in sizes]
+
+    def train_step(batch):
+        optimizer.zero_grad()
+        for features, targets in batch:
+            rewards = targets.float()
+            advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)  # <origin> hidden_micro_batch
+            losses = nn.functional.cross_entropy(model(features), targets, reduction="none")
+            loss = (advantages * losses).mean() / len(batch)
+            scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.item()
+
+    return Loop(model, optimizer, batches, train_step, stateful=[scaler])
+
+
+def build_growing_scale(half_loss):
+    """The scale is raised every third step until a gradient, or the scaled loss itself, is too large for float16."""
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=3, growth_factor=16.0)
+    batches = [(torch.randn(6, 5), torch.randint(3, (6,))) for _ in range(20)]
+
+    def train_step(batch):
+        features, targets = batch
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            logits = model(features)
+        loss = nn.functional.cross_entropy(logits.float(), targets)
+        scaler.scale(loss.half() if half_loss else loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return loss
+
+    return Loop(model, optimizer, batches, train_step, stateful=[scaler])
+
+
 CASES = [
+    Case(
+        id="hidden_micro_batch",
+        title="A NaN loss in a micro-batch before the last, hidden by a GradScaler",
+        source="https://github.com/lpiccinelli-eth/UniK3D/issues/16",
+        truth=Truth(step=5, phase="forward", kind=("nan",), module=("",), op=("std",)),
+        build=build_hidden_micro_batch,
+    ),
+    *(
+        Case(
+            id=f"healthy_growing_scale_{name}",
+            title=f"A GradScaler that had settled raises its scale too far: {name}",
+            source="https://github.com/NoamRosenberg/autodeeplab/issues/12",
+            truth=Truth(healthy=True),
+            build=build,
+        )
+        for name, build in (
+            ("gradient", lambda: build_growing_scale(half_loss=False)),
+            ("loss", lambda: build_growing_scale(half_loss=True)),
+        )
+    ),
     Case(
         id="accumulate_within_a_step",
         title="Four micro-batches in one step, the third makes the gradient infinite",
