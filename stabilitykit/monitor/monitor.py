@@ -31,6 +31,7 @@ from stabilitykit.monitor.inquiry import Inquiry, Outcome, Ran, refuse_deferred
 from stabilitykit.monitor.ledger import Ledger, Rows
 from stabilitykit.monitor.newcomers import Newcomers, take_in
 from stabilitykit.monitor.run_up import RunUp
+from stabilitykit.monitor.skips import Skips
 from stabilitykit.monitor.unwrapped import is_compiled, only_compiled, symptoms
 from stabilitykit.schema import Diagnosis
 from stabilitykit.snapshot import RandomStates, Snapshot, TrainingState
@@ -78,11 +79,11 @@ class Monitor:
         self._replay_buffer = replay_buffer
         self._watch_all()
         self._constants = {n: b.detach().clone() for n, b in model.named_buffers() if not is_finite(b)}
-        self._run_up = RunUp(config.run_up)
+        self._run_up, self._skips = RunUp(config.run_up), Skips(scaled=self._scaler is not None)
         self._diagnosis: Diagnosis | None = None
         self._step_index = config.first_step
         self._mode: Literal["plain", "block", "replayable"] = "plain"
-        self._inside = self._closed = self._concluded = self._settled = False
+        self._inside = self._closed = self._concluded = False
         self._losses: dict[str, Tensor | float] = {}
         self._num_faults = self._num_consecutive = self._num_looks = 0
         self._pending: Diagnosis | None = None  # of gradients that no optimizer has used yet
@@ -215,7 +216,9 @@ class Monitor:
         if self._closed:  # by the step itself
             return Ran(function, args, kwargs, Reading(losses={}), returned, raised).outcome()
         ran = Ran(function, args, kwargs, self._read(returned), returned, raised)
-        if replayable and (ran.reading.suspicious or ran.may_be_numerical or self._odd_skip(ran.reading)):
+        if replayable and (
+            ran.reading.suspicious or ran.may_be_numerical or (not self._num_faults and self._skips.odd(ran.reading))
+        ):
             return self._suspect(ran)
         if replayable and ran.reading.unused_gradients:
             self._note_unused(ran)
@@ -324,10 +327,8 @@ class Monitor:
             self._state.restore(outcome.after)
             self._history.forget()
             self._watch.acquit(ran.reading, ran.returned)
-            if ran.reading.unused_gradients:
-                self._ledger.event(wording.unused_gradients(ran.reading, scaled=self._scaler is not None))
-            if ran.reading.bad_buffers:
-                self._ledger.event(wording.written_buffers(ran.reading))
+            for event in wording.acquitted(ran.reading, scaled=self._scaler is not None):
+                self._ledger.event(event)
             self._finish(ran.reading, skipped=ran.raised is not None)
             return ran.outcome()
         if self._pending is not None and not diagnosis.origin.op and diagnosis.origin.phase == "backward":
@@ -344,11 +345,6 @@ class Monitor:
         stored = bad_slots(self._subject.replay_buffer)
         diagnosis = by_hooks(symptoms(self._watch, ran.reading, stored), context)
         return only_compiled(diagnosis) if outcome.failure is None and is_compiled(self._model) else diagnosis
-
-    def _odd_skip(self, reading: Reading) -> bool:
-        """Whether a GradScaler that had found its scale skips: it was raised too far, or hides a loss that is bad."""
-        settled, self._settled = self._settled, reading.stepped
-        return settled and self._scaler is not None and reading.unused_gradients and self._num_faults == 0
 
     def _note_unused(self, ran: Ran) -> None:
         """Gradients are bad and no optimizer stepped: no fault, unless a later step of an accumulation uses them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch.optim import Optimizer
@@ -102,3 +102,11 @@ def rolled_back(step: int, back_to: int | None) -> Event:
         f"back to the state at the start of step {back_to:,}" if back_to is not None else "no snapshot yet: step undone"
     )
     return Event(kind="rollback", message=text, severity="warning", data={"from_step": step, "to_step": back_to})
+
+
+def acquitted(reading: Reading, *, scaled: bool) -> Iterator[Event]:
+    """What a suspicion came to that was unfounded."""
+    if reading.unused_gradients:
+        yield unused_gradients(reading, scaled=scaled)
+    if reading.bad_buffers:
+        yield written_buffers(reading)
