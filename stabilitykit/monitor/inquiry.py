@@ -56,6 +56,11 @@ class Ran:
         """Whether it raised what code raises that met a NaN: an assertion, a check of a distribution's arguments."""
         return isinstance(self.raised, ArithmeticError | AssertionError | ValueError | RuntimeError)
 
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether it has to be looked into: something looks non-finite, or the step raised as if it were."""
+        return self.reading.suspicious or self.may_be_numerical
+
     def outcome(self) -> Any:
         """Return or raise as the step did."""
         if self.raised is not None:

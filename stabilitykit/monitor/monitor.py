@@ -216,9 +216,7 @@ class Monitor:
         if self._closed:  # by the step itself
             return Ran(function, args, kwargs, Reading(losses={}), returned, raised).outcome()
         ran = Ran(function, args, kwargs, self._read(returned), returned, raised)
-        if replayable and (
-            ran.reading.suspicious or ran.may_be_numerical or (not self._num_faults and self._skips.odd(ran.reading))
-        ):
+        if replayable and (ran.is_doubtful or (not self._num_faults and self._skips.odd(ran.reading))):
             return self._suspect(ran)
         if replayable and ran.reading.unused_gradients:
             self._note_unused(ran)
