@@ -38,7 +38,10 @@ def find_origin(symptoms: Iterable[Symptom], intended: Callable[[Leaf], bool] = 
         symptoms: what was noticed, in the order it was noticed.
         intended: whether a non-finite leaf is there on purpose (a mask, a marker for missing data).
     """
-    findings = [found for symptom in symptoms if (found := trace_back(symptom, intended)) is not None]
+    first: dict[tuple[int, bool], Symptom] = {}  # noticed again, after clipping say, a value has come from where it had
+    for symptom in symptoms:
+        first.setdefault((id(symptom.source), symptom.role == "module_buffer"), symptom)
+    findings = [found for symptom in first.values() if (found := trace_back(symptom, intended)) is not None]
     return min(findings, key=lambda found: found.moment, default=None)
 
 
@@ -47,7 +50,7 @@ def trace_back(symptom: Symptom, intended: Callable[[Leaf], bool]) -> Finding | 
     search = _Search(symptom, intended)
     search.run()
     if search.causes:
-        origin, entry = min(search.causes, key=lambda cause: _order(cause[0], search))
+        origin, entry = min(search.causes, key=lambda cause: search.order(cause[0]))
         return Finding(origin, symptom, search.path_from(origin), entry if isinstance(origin, Leaf) else None)
     kept = symptom.role == "module_buffer"
     turned = [turn for constant in search.constants if (turn := _turning_point(search.path_from(constant), kept=kept))]
@@ -91,6 +94,13 @@ class _Search:
         else:
             self.causes.append((source, entry))
 
+    def order(self, source: Source) -> int:
+        """When an operation ran; of a leaf, the operation that read it."""
+        if isinstance(source, Operation):
+            return source.index
+        reader = None if source is self._start else self._consumer.get(id(source))
+        return -1 if reader is None else reader.index
+
     def path_from(self, source: Source) -> tuple[Operation, ...]:
         """Operations from `source` to the symptom, in order."""
         path: list[Operation] = []
@@ -107,13 +117,6 @@ def followed(operation: Operation) -> Sequence[Edge]:
     if operation.output.nan and any(edge.nan for edge in operation.edges):
         return [edge for edge in operation.edges if edge.nan]
     return operation.edges
-
-
-def _order(source: Source, search: _Search) -> int:
-    if isinstance(source, Operation):
-        return source.index
-    path = search.path_from(source)
-    return path[0].index if path else -1
 
 
 def _turning_point(path: Sequence[Operation], *, kept: bool) -> Operation | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from stabilitykit.diagnose import walk
 from stabilitykit.diagnose.graph import Edge, Leaf, Operation, Symptom
 from stabilitykit.diagnose.walk import Finding, find_origin, followed, trace_back
 from stabilitykit.schema import TensorSummary
@@ -190,3 +191,22 @@ def test_kind_is_what_the_edge_brought_in_not_what_the_whole_leaf_holds() -> Non
 
     assert found.kind == "inf"
     assert math.isfinite(found.moment)
+
+
+def test_a_deep_network_whose_every_weight_was_bad_is_walked_in_the_time_of_its_operations(monkeypatch) -> None:
+    """A path for each cause made the walk cubic: minutes for a thousand layers."""
+    depth = 300
+    bad = [leaf("parameter") for _ in range(depth)]
+    last = op(0, "mul", edge(bad[0]))
+    for index in range(1, depth):
+        last = op(index, "mul", edge(last), edge(bad[index]))
+    paths: list[object] = []
+    path_from = walk._Search.path_from
+    monkeypatch.setattr(walk._Search, "path_from", lambda *given: paths.append(given) or path_from(*given))
+
+    found = find_origin([noticed(last), noticed(last, "clipped")])
+
+    assert found is not None
+    assert found.origin is bad[0]
+    assert found.symptom.name == "loss"
+    assert len(paths) == 1
