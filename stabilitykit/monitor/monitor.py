@@ -32,7 +32,7 @@ from stabilitykit.monitor.ledger import Ledger, Rows
 from stabilitykit.monitor.newcomers import Newcomers, take_in
 from stabilitykit.monitor.run_up import RunUp
 from stabilitykit.monitor.skips import Skips
-from stabilitykit.monitor.unwrapped import is_compiled, only_compiled, symptoms
+from stabilitykit.monitor.unwrapped import is_compiled, is_doubtful, only_compiled, symptoms
 from stabilitykit.schema import Diagnosis
 from stabilitykit.snapshot import RandomStates, Snapshot, TrainingState
 from stabilitykit.watch.buffer import bad_slots
@@ -466,7 +466,7 @@ class Monitor:
     def _judge_unwrapped(self, *, before_update: bool) -> Reading:
         """Judge what is known so far: before the update, where harm can still be kept off, and when the step ends."""
         reading = self._read(None)
-        if not reading.suspicious or self._concluded:
+        if self._concluded or not is_doubtful(reading, self._model, self._watch):
             return reading
         self._concluded = True
         diagnosis = by_hooks(symptoms(self._watch, reading), Context(proof="hooks", **self._facts()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from stabilitykit.diagnose.hooks import Passed, Symptoms
 from stabilitykit.schema import Diagnosis
@@ -33,6 +34,22 @@ def symptoms(watch: Watch, reading: Reading, stored: Stored = ("", ())) -> Sympt
         parameters=reading.bad_parameters,
         buffers=reading.bad_buffers,
     )
+
+
+def is_doubtful(reading: Reading, model: nn.Module, watch: Watch) -> bool:
+    """Whether a step that cannot be replayed is to be told of.
+
+    An Inf that only a module's buffer holds may be kept there on purpose, a mask or masked logits: it is let pass, and
+    shows again where it does harm. A NaN, or a layer's running statistics, never are.
+    """
+    if not reading.bad_buffers or replace(reading, bad_buffers=()).suspicious:
+        return reading.suspicious
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in reading.bad_buffers}
+    statistics = any(isinstance(owner, _NormBase) for owner in owners.values())
+    if statistics or any(model.get_buffer(name).isnan().any() for name in reading.bad_buffers):
+        return True
+    watch.acquit(reading, None)
+    return False
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -21,6 +21,7 @@ class Reading:
     bad_losses: Sequence[str] = ()
     bad_gradients: Sequence[str] = ()
     bad_clipped: Sequence[str] = ()
+    bad_used: Sequence[str] = ()  # those of them, as they were in the end, that an optimizer has used
     bad_parameters: Sequence[str] = ()
     bad_buffers: Sequence[str] = ()
     gradient_norms: Sequence[float] = field(default=(), repr=False)
@@ -28,8 +29,7 @@ class Reading:
     @property
     def suspicious(self) -> bool:
         """Whether anything looks non-finite that a step is supposed to keep finite."""
-        used = self.stepped and bool(self.bad_clipped if self.changed_gradients else self.bad_gradients)
-        return bool(self.bad_losses or used or self.bad_parameters or self.bad_buffers)
+        return bool(self.bad_losses or self.bad_used or self.bad_parameters or self.bad_buffers)
 
     @property
     def unused_gradients(self) -> bool:

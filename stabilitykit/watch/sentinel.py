@@ -65,12 +65,12 @@ class Sentinel:
                 handle.remove()
         self._handles = [(entry, handle) for entry, handle in self._handles if entry is not optimizer]
 
-    def begin(self) -> None:
-        """A step starts."""
+    def begin(self, *, trailing: bool = False) -> None:
+        """A step starts; `trailing`: it is judged before each update, which answers for its own gradients alone."""
         self.gradients.begin()
-        self._stepped = False
+        self._trailing = trailing
         self.updating: list[Optimizer] = []
-        self._found_inf: list[Tensor] = []
+        self._stepping: list[tuple[Optimizer, Tensor | None]] = []  # with what a GradScaler tells the fused kernel
         self._late: Mapping[str, Tensor] = {}
 
     def close(self) -> None:
@@ -85,23 +85,28 @@ class Sentinel:
         norms = (self.gradients.before, self.gradients.clipped, self._norms.measure(), self._buffers.norms())
         on_device = {name: entry.detach() for name, entry in losses.items() if isinstance(entry, Tensor)}
         waiting = [scalar for group in norms for scalar in group.pending]
-        received = iter(transfer([*waiting, *on_device.values(), *self._found_inf]))
+        found_inf = [entry for _, entry in self._stepping if entry is not None]
+        received = iter(transfer([*waiting, *on_device.values(), *found_inf]))
         before, clipped, after, buffers = (group.finish(received) for group in norms)
         self._norms.step_ended(after.values())
         brought = {name: next(received) for name in on_device}
         seen = {name: brought[name] if name in brought else float(entry) for name, entry in losses.items()}
+        stepping = [optimizer for optimizer, found in self._stepping if found is None or next(received) == 0]
         changed = self.gradients.changed
+        bad_gradients = self._confirmed_gradients(before, still_there=not changed)
+        bad_clipped = self._confirmed_gradients(clipped, still_there=True)
         return Reading(
             losses=seen,
             grad_norm=combine(before.values()) if before else math.nan,
             grad_norm_clipped=combine((clipped or before).values()) if before else math.nan,
             parameter_norm=combine(after.values()) if after else math.nan,
             num_backwards=self.gradients.num_backwards,
-            stepped=self._stepped or any(next(received) == 0 for _ in self._found_inf),
+            stepped=bool(stepping),
             changed_gradients=changed,
             bad_losses=[name for name in _bad(seen) if name not in excused],
-            bad_gradients=self._confirmed_gradients(before, still_there=not changed),
-            bad_clipped=self._confirmed_gradients(clipped, still_there=True),
+            bad_gradients=bad_gradients,
+            bad_clipped=bad_clipped,
+            bad_used=self._held_by(stepping, bad_clipped if changed else bad_gradients),
             bad_parameters=self._newly_bad_parameters(after),
             bad_buffers=self._buffers.newly_bad(buffers),
             gradient_norms=tuple(before.values()),
@@ -137,6 +142,13 @@ class Sentinel:
             if name not in live or (gradient := live[name].grad) is None or not is_finite(gradient)
         ]
 
+    def _held_by(self, optimizers: Sequence[Optimizer], names: Sequence[str]) -> Sequence[str]:
+        """Those of the named parameters that one of the optimizers updates."""
+        if not names:
+            return ()
+        held = {id(entry) for optimizer in optimizers for group in optimizer.param_groups for entry in group["params"]}
+        return [name for name in names if id(self._parameters[name]) in held]
+
     def _newly_bad_parameters(self, norms: Mapping[str, float]) -> Sequence[str]:
         bad = [name for name in _bad(norms) if not is_finite(self._parameters[name])]
         self._unused_bad &= set(bad)
@@ -144,11 +156,11 @@ class Sentinel:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_update(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-        found_inf = getattr(optimizer, "found_inf", None)
-        if isinstance(found_inf, Tensor):  # a GradScaler leaves the skip to the fused kernel
-            self._found_inf.append(found_inf.detach().reshape(()))
-        else:
-            self._stepped = True
+        found_inf = getattr(optimizer, "found_inf", None)  # a GradScaler leaves the skip to the fused kernel
+        if self._trailing:
+            self._stepping.clear()
+        found = found_inf.detach().reshape(()) if isinstance(found_inf, Tensor) else None
+        self._stepping.append((optimizer, found))
         self._unseen(partial(self.gradients.update_begins, uncounted=_len_torch_dispatch_stack() > 0))
         if not self.updating and self._norms.in_portions:
             self._unseen(self._keep_late_writes)

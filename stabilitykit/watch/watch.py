@@ -88,7 +88,7 @@ class Watch:
 
     def begin(self, *, recording: bool, trailing: bool) -> None:
         """A step starts; see `ModuleWatch.begin`."""
-        self._sentinel.begin()
+        self._sentinel.begin(trailing=trailing)
         if recording:
             self._sentinel.refresh()
         self._modules.begin(recording=recording, trailing=trailing)

@@ -77,7 +77,7 @@ class Recomputed(nn.Module):
         self.mix, self.reentrant = nn.Linear(5, 4, bias=False), reentrant
 
     def squash(self, x):
-        return self.mix(x).abs().sqrt()  # <origin> recomputed
+        return self.mix(x).abs().sqrt()  # <origin> recomputed_reentrant recomputed_non_reentrant
 
     def forward(self, x):
         return checkpoint(self.squash, x, use_reentrant=self.reentrant)
