@@ -79,7 +79,7 @@ class Monitor:
         self._replay_buffer = replay_buffer
         self._watch_all()
         self._constants = {n: b.detach().clone() for n, b in model.named_buffers() if not is_finite(b)}
-        self._run_up, self._skips = RunUp(config.run_up), Skips(scaled=self._scaler is not None)
+        self._run_up, self._skips = RunUp(config.run_up), Skips(config.replays if self._scaler is not None else 0)
         self._diagnosis: Diagnosis | None = None
         self._step_index = config.first_step
         self._mode: Literal["plain", "block", "replayable"] = "plain"
