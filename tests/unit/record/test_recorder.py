@@ -93,7 +93,7 @@ def test_an_event_keeps_facts_that_json_does_not_know(run_dir: Path) -> None:
 
     [event] = events(run_dir)
     assert event.message == "\\udcff.py"
-    assert event.data == {"norm": "inf", "shape": [2, 3], "type": "1.0"}
+    assert event.data == {"norm": "inf", "shape": [2, 3], "type": 1.0}
     assert event.wall_time > 0
 
 
