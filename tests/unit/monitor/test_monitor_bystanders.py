@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import stabilitykit as sk
+from stabilitykit.monitor.bystanders import bystanders_put_back
 
 QUIET = sk.MonitorConfig(report=False, compact=False, snapshot_every=4)
 NUM_STEPS = 10
@@ -78,3 +80,34 @@ def test_a_run_is_recorded_without_moving_what_nobody_named(build: Any, bad: int
     assert (optimizer.param_groups[0]["lr"], bystander.state_dict()) == (rate, state)
     assert [entry.detach().numpy().tobytes() for entry in model.parameters()] == weights
     assert (monitor.diagnosis is None) == (bad is None)
+
+
+def test_what_moves_in_the_block_is_put_back_and_no_method_stays_wrapped() -> None:
+    _, optimizer = network()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    optimizer.step()
+    methods = torch.optim.lr_scheduler.LRScheduler.step, torch.optim.lr_scheduler.ReduceLROnPlateau.step
+    before = scheduler.state_dict(), plateau.state_dict()
+
+    with bystanders_put_back():
+        scheduler.step()
+        plateau.step(1.0)
+        moved = scheduler.state_dict(), plateau.state_dict()
+
+    assert moved != before
+    assert (scheduler.state_dict(), plateau.state_dict()) == before
+    assert (torch.optim.lr_scheduler.LRScheduler.step, torch.optim.lr_scheduler.ReduceLROnPlateau.step) == methods
+
+
+def test_what_another_thread_moves_stays_where_it_went() -> None:
+    _, optimizer = network()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1)
+    optimizer.step()
+
+    with bystanders_put_back():
+        other = threading.Thread(target=scheduler.step)
+        other.start()
+        other.join()
+
+    assert scheduler.last_epoch == 1
