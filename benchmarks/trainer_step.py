@@ -3,7 +3,8 @@
     python -m benchmarks.trainer_step [--steps 200] [--rounds 5]
 
 A bare loop does nothing but three forwards, three losses, one backward and the optimizer's step, on tensors that lie
-ready, other ones for each forward.  The trainer's own step, by default with guards 4 and 6, does the same and also
+ready, other ones for each forward.  DER++ at its least loads, augments, draws twice and stores as well, written by hand
+for this one method, and checks nothing.  The trainer's own step, by default with guards 4 and 6, does the same and also
 loads, augments, draws, checks and stores.  Then the same step under `--guards none`, under the five guards that never
 write to a healthy step (with rollback, so that snapshots are part of it), and under all eight, in the first task.
 All run in turn, in blocks, on one thread; CPU time of this process, medians over the rounds.
@@ -35,6 +36,7 @@ SETTINGS = {
     "reduced-resnet18, 3x32x32, batch 32": ("--dataset", "seq-cifar100", "--backbone", "reduced-resnet18"),
 }
 GUARDED = {  # each beside the one it is compared with
+    "least": ("bare", ()),
     "trainer": ("bare", ()),
     "none": ("", ("--guards", "none")),
     "five": ("none", ("--guards", "precision,freeze_bn,buffer,isolation,checks")),
@@ -94,6 +96,50 @@ def bare_block(trainer: Trainer) -> Block:
     return run
 
 
+def least_block(trainer: Trainer) -> Block:
+    """DER++ as few calls as it takes: a reservoir of three columns, two draws, no checks, nothing noted."""
+    network, optimizer, stream = trainer.network, trainer.step.optimizer, trainer.stream
+    transform, buffer = trainer.step.method.transform, trainer.step.method.buffer
+    columns = [buffer.storage[name] for name in ("examples", "labels", "logits")]
+    size, seen = buffer.capacity, buffer.n_seen
+    batches = iter(())
+
+    def draw(count: int) -> list[torch.Tensor]:
+        slots = torch.randperm(size)[:count]
+        examples, labels, logits = (column.index_select(0, slots) for column in columns)
+        return [transform(examples), labels, logits]
+
+    def store(values: list[torch.Tensor]) -> None:
+        nonlocal seen
+        places = [int(chance * (seen + row + 1)) for row, chance in enumerate(torch.rand(len(values[0])).tolist())]
+        taken = {place: row for row, place in enumerate(places) if place < size}
+        seen += len(places)
+        if taken:
+            slots, rows = torch.tensor(list(taken)), torch.tensor(list(taken.values()))
+            for column, value in zip(columns, values, strict=True):
+                column.index_copy_(0, slots, value.index_select(0, rows))
+
+    def run(steps: int) -> None:
+        nonlocal batches
+        for _ in range(steps):
+            batch = next(batches, None)
+            if batch is None:
+                batches = stream.batches(0, 0)
+                batch = next(batches)
+            optimizer.zero_grad()
+            logits = network(batch.inputs)
+            loss = cross_entropy(logits, batch.labels)
+            examples, _, teachers = draw(stream.batch_size)
+            loss = loss + 0.3 * mse_loss(network(examples), teachers)
+            examples, labels, _ = draw(stream.batch_size)
+            loss = loss + 0.5 * cross_entropy(network(examples), labels)
+            loss.backward()
+            optimizer.step()
+            store([batch.examples, batch.labels, logits.detach()])
+
+    return run
+
+
 def cpu_milliseconds(block: Block, steps: int) -> float:
     started = time.process_time()
     block(steps)
@@ -121,7 +167,7 @@ def measure(trainers: dict[str, Trainer], steps: int, rounds: int) -> str:
     blocks = {name: trainer_block(trainer) for name, trainer in trainers.items()}
     for block in blocks.values():
         block(20)  # fills the buffer
-    blocks["bare"] = bare_block(trainers["trainer"])
+    blocks["bare"], blocks["least"] = bare_block(trainers["trainer"]), least_block(trainers["least"])
     steps = max(3, min(steps, int(steps * 2 / cpu_milliseconds(blocks["bare"], 5))))
     found = [{name: cpu_milliseconds(block, steps) for name, block in blocks.items()} for _ in range(rounds)]
     cells = [f"{statistics.median(times['bare'] for times in found):7.2f}"]
