@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from stabilitykit.diagnose.hooks import Passed, Symptoms
+from stabilitykit.diagnose.storages import has_nan
 from stabilitykit.schema import Diagnosis
 from stabilitykit.watch.reading import Reading
 from stabilitykit.watch.watch import Watch
@@ -44,10 +45,11 @@ def is_doubtful(reading: Reading, model: nn.Module, watch: Watch) -> bool:
     """
     if not reading.bad_buffers or replace(reading, bad_buffers=()).suspicious:
         return reading.suspicious
-    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in reading.bad_buffers}
-    statistics = any(isinstance(owner, _NormBase) for owner in owners.values())
-    if statistics or any(model.get_buffer(name).isnan().any() for name in reading.bad_buffers):
-        return True
+    modules = dict(model.named_modules(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    for name in reading.bad_buffers:
+        if isinstance(modules.get(name.rpartition(".")[0]), _NormBase) or name not in buffers or has_nan(buffers[name]):
+            return True
     watch.acquit(reading, None)
     return False
 
