@@ -69,6 +69,10 @@ class History:
     A snapshot is due when its cadence says so, when batches held by reference pass `max_bytes`, and whenever the
     state was changed between two steps (weights averaged, a buffer filled by the caller), since a re-run could not
     repeat that.
+
+    Attributes:
+        unrepeated: the step that the last `rewind` stayed at, since the steps after it went bad when they were run
+            again, which they had not; None where it came to the current one.
     """
 
     def __init__(self, state: TrainingState, config: MonitorConfig, *, keeps_good: bool = False) -> None:
@@ -78,6 +82,7 @@ class History:
         self._segments: deque[Segment] = deque()  # an earlier one is re-run as well, for its record
         self._good: tuple[int, Snapshot] | None = None  # what `rollback` goes back to
         self._next_good: tuple[int, Snapshot] | None = None
+        self.unrepeated: int | None = None
         self._fingerprint: tuple[int, ...] = ()
         self._copy_batches = self._cut = False
         self._held_bytes = 0  # by the batches since the last snapshot
@@ -168,21 +173,27 @@ class History:
         exact = True
         current = self._current.steps[-1]
         while self._segments:
-            steps = self._restore_oldest()
-            exact = True  # what came before a snapshot does not matter after it
-            for past in steps:
-                self._state.restore_moment(past.moment)
-                if past is not current:
-                    again = rerun(past)
-                    same = past.reading is not None and past.reading.same_step(again)
-                    exact = exact and same and past.batch_untouched()
+            exact = self._run_again(self._segments.popleft(), current, rerun)  # what came before does not matter
         return exact and current.batch_untouched()
 
-    def _restore_oldest(self) -> Sequence[PastStep]:
-        """Put the oldest snapshot back and let go of it; the steps that began after it."""
-        segment = self._segments.popleft()
+    def _run_again(self, segment: Segment, current: PastStep, rerun: Callable[[PastStep], Reading]) -> bool:
+        """Restore a snapshot and repeat the steps after it, up to the current one; whether each was as it had been."""
         self._state.restore(segment.snapshot)
-        return segment.steps
+        self.unrepeated = None
+        exact = True
+        for past in segment.steps:
+            self._state.restore_moment(past.moment)
+            if past is current:
+                break
+            again = rerun(past)
+            same = past.reading is not None and past.reading.same_step(again)
+            exact = exact and same and past.batch_untouched()
+            if again.suspicious and not same:  # better an older state than one that never was
+                self._state.restore(segment.snapshot)
+                self._state.restore_moment(segment.steps[-1].moment)
+                self.unrepeated = segment.steps[0].index
+                break
+        return exact
 
     def roll_back(self) -> int | None:
         """Restore the last good state, at least `rollback_steps` old where there is one; the step it began, or None."""

@@ -387,17 +387,15 @@ class Monitor:
     def _read_again(self, rows: dict[int, Rows | None], index: int, returned: Any) -> Reading:
         reading = self._read(returned)
         self._watch.update_norm(max(reading.num_backwards - 1, 0))
-        rows[index] = self._watch.take_rows()
-        self._run_up.describe_again(index, reading, self._watch.largest)
+        taken = self._watch.take_rows()
+        if index == self._step_index or not reading.suspicious:  # else it went otherwise than the first time
+            rows[index] = taken
+            self._run_up.describe_again(index, reading, self._watch.largest)
         return reading
 
     def _facts(self) -> Mapping[str, Any]:
-        return {
-            "step": self._step_index,
-            "task": self._ledger.task,
-            "sample_ids": self._ledger.samples,
-            "run_up": self._run_up.steps(),
-        }
+        step, ledger = self._step_index, self._ledger
+        return {"step": step, "task": ledger.task, "sample_ids": ledger.samples, "run_up": self._run_up.steps()}
 
     def _conclude(self, diagnosis: Diagnosis) -> None:
         self._num_faults += 1
@@ -422,6 +420,8 @@ class Monitor:
             self._state.restore(outcome.after)
             self._finish(ran.reading)
             return ran.outcome()
+        if (back_to := self._history.unrepeated) is not None:
+            self._ledger.event(wording.not_repeated(self._step_index, back_to))
         if self._policy == "raise":
             self._state.restore(outcome.before)
             self._finish(ran.reading, skipped=True)

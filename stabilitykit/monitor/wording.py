@@ -104,6 +104,15 @@ def rolled_back(step: int, back_to: int | None) -> Event:
     return Event(kind="rollback", message=text, severity="warning", data={"from_step": step, "to_step": back_to})
 
 
+def not_repeated(step: int, back_to: int) -> Event:
+    """The steps before this one could not be run again to its start."""
+    text = (
+        f"the steps since {back_to:,} went bad when they were run again, which they had not: the state is now that of "
+        f"step {back_to:,}; name in `stateful` what else they depend on"
+    )
+    return Event(kind="rollback", message=text, severity="warning", data={"from_step": step, "to_step": back_to})
+
+
 def acquitted(reading: Reading, *, scaled: bool) -> Iterator[Event]:
     """What a suspicion came to that was unfounded."""
     if reading.unused_gradients:

@@ -492,3 +492,38 @@ def test_skip_without_a_replay_leaves_the_parameters_alone(tmp_path: Path) -> No
 
     assert monitor.diagnosis.origin.step == 2
     assert all(entry.isfinite().all() for entry in training.model.parameters())
+
+
+# a step that depends on more than it is given
+
+
+@pytest.mark.parametrize("policy", ["skip", "raise"])
+def test_a_run_is_never_put_into_a_state_that_only_the_repetition_of_its_steps_has_made(
+    policy: str, tmp_path: Path
+) -> None:
+    training, outside = Training(), {"divisor": 1.0}
+
+    def step(batch: Tensor) -> Tensor:
+        training.optimizer.zero_grad()
+        loss = training.model(batch).square().mean() / outside["divisor"]  # the past ones will see the last's
+        loss.backward()
+        training.optimizer.step()
+        return loss.detach()
+
+    with attach(training, tmp_path / "run", policy, snapshot_every=10) as monitor:
+        watched = monitor.replayable(step)
+        before = training.contents()["model"]
+        for index, batch in enumerate(training.batches):
+            outside["divisor"] = 0.0 if index == 5 else 1.0
+            raises = policy == "raise" and index == 5
+            with pytest.raises(sk.NonFiniteError) if raises else nullcontext():
+                watched(batch)
+            if index == 5:
+                assert training.contents()["model"] == before
+
+    run = sk.open_run(tmp_path / "run")
+    assert all(entry.isfinite().all() for entry in training.model.parameters())
+    assert "went bad when they were run again" in " ".join(run.events()["message"])
+    assert list(run.steps()["skipped"]) == [index == 5 for index in range(8)]
+    tensors = run.tensors()
+    assert not tensors[(tensors["step"] < 5) & (tensors["nan"] + tensors["posinf"] > 0)].shape[0]
