@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stabilitykit.errors import RunFolderError, UsageError
-from stabilitykit.snapshot import RandomStates
+from stabilitykit.random_states import RandomStates
 from trainers.evaluation import Accuracies
 
 if TYPE_CHECKING:

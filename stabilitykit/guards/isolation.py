@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from stabilitykit.guards.guard import Guard
-from stabilitykit.snapshot import RandomStates
+from stabilitykit.random_states import RandomStates
 
 
 class Isolation(Guard):

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from stabilitykit.guards.checks import first_bad
 from stabilitykit.guards.tensors import ModelTensors
-from stabilitykit.snapshot import RandomStates, Snapshot, TrainingState, tensors_of
+from stabilitykit.random_states import RandomStates
+from stabilitykit.snapshot import Snapshot, TrainingState, tensors_of
 
 DEPTH = 3  # snapshots held for a rollback: one that is finite may already be on its way down
 

@@ -34,7 +34,7 @@ from stabilitykit.monitor.run_up import RunUp
 from stabilitykit.monitor.skips import Skips
 from stabilitykit.monitor.unwrapped import is_compiled, is_doubtful, only_compiled, symptoms
 from stabilitykit.schema import Diagnosis
-from stabilitykit.snapshot import RandomStates, Snapshot, TrainingState
+from stabilitykit.snapshot import Snapshot, TrainingState
 from stabilitykit.watch.buffer import bad_slots
 from stabilitykit.watch.parameters import named_parameters, outline
 from stabilitykit.watch.reading import Reading
@@ -426,7 +426,7 @@ class Monitor:
             self._state.restore(outcome.before)
             self._finish(ran.reading, skipped=True)
             raise self._error(diagnosis) from ran.raised
-        streams = RandomStates.capture()
+        streams = self._state.moment().random
         self._state.restore(outcome.before)
         if self._policy == "rollback":
             self._ledger.event(wording.rolled_back(self._step_index, self._history.roll_back()))

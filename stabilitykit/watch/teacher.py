@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from stabilitykit.errors import UsageError
-from stabilitykit.snapshot import RandomStates, tensors_of
+from stabilitykit.random_states import RandomStates
+from stabilitykit.snapshot import tensors_of
 
 Forward = Callable[[Tensor], Any]
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from stabilitykit import snapshot
+from stabilitykit import random_states
 from stabilitykit.errors import UsageError
-from stabilitykit.snapshot import Moment, RandomStates, TrainingState, tensors_of
+from stabilitykit.random_states import RandomStates
+from stabilitykit.snapshot import Moment, TrainingState, tensors_of
 
 OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter]], Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -476,8 +477,8 @@ def test_pythons_stream_is_read_as_python_gives_it_whatever_moved_it(
     draw: Callable[[], object], readable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not readable:
-        monkeypatch.setattr(snapshot, "_holds_its_state", lambda _: False)
-    stream = snapshot._PythonStream()
+        monkeypatch.setattr(random_states, "_holds_its_state", lambda _: False)
+    stream = random_states._PythonStream()
 
     for _ in range(3):
         assert stream.state() == random.getstate()
@@ -487,4 +488,4 @@ def test_pythons_stream_is_read_as_python_gives_it_whatever_moved_it(
 
 
 def test_pythons_stream_is_found_in_memory_in_cpython() -> None:
-    assert snapshot._holds_its_state(random.Random(1)) == (sys.implementation.name == "cpython")
+    assert random_states._holds_its_state(random.Random(1)) == (sys.implementation.name == "cpython")
