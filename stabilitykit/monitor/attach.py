@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from stabilitykit.config import ON_NONFINITE, MonitorConfig
 from stabilitykit.errors import UsageError
 from stabilitykit.monitor.aftermath import as_path, new_run_dir
-from stabilitykit.monitor.monitor import Monitor, OnNonFinite
+from stabilitykit.monitor.faults import OnNonFinite
+from stabilitykit.monitor.monitor import Monitor
 
 
 def attach(

@@ -1,0 +1,226 @@
+"""From a suspicion to what becomes of the step: inquiry, diagnosis, and the act that `on_nonfinite` asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from stabilitykit.config import MonitorConfig
+from stabilitykit.diagnose.conclude import Context
+from stabilitykit.diagnose.hooks import by_hooks
+from stabilitykit.measure.values import is_finite
+from stabilitykit.monitor import wording
+from stabilitykit.monitor.bystanders import bystanders_put_back
+from stabilitykit.monitor.history import History
+from stabilitykit.monitor.inquiry import Inquiry, Outcome, Ran
+from stabilitykit.monitor.ledger import Ledger, Rows
+from stabilitykit.monitor.run_up import RunUp
+from stabilitykit.monitor.skips import Skips
+from stabilitykit.monitor.unwrapped import is_compiled, only_compiled, symptoms
+from stabilitykit.monitor.watched import Watched
+from stabilitykit.schema import Diagnosis
+from stabilitykit.snapshot import Snapshot, TrainingState
+from stabilitykit.watch.buffer import bad_slots
+from stabilitykit.watch.reading import Reading
+
+OnNonFinite = Literal["raise", "skip", "rollback", "record"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Act:
+    """What becomes of a step that was looked into.
+
+    Attributes:
+        skipped: its update did not happen, or was undone.
+        undone: the caller gets None for it.
+        settles: the steps after it may be run again from a snapshot before it.
+        fatal: the run ends here with this diagnosis.
+        why: how the message of that error begins.
+    """
+
+    skipped: bool = False
+    undone: bool = False
+    settles: bool = False
+    fatal: Diagnosis | None = None
+    why: str = ""
+
+
+class Faults:
+    """Looks into suspicious steps and leaves the state as `policy` wants it.
+
+    Attributes:
+        replaying: a step is being run again.
+        diagnosis: the run's first, None while there is none.
+    """
+
+    def __init__(
+        self,
+        policy: OnNonFinite,
+        config: MonitorConfig,
+        *,
+        state: TrainingState,
+        history: History,
+        watched: Watched,
+        ledger: Ledger,
+        run_up: RunUp,
+        scaled: bool,
+    ) -> None:
+        self.replaying = False
+        self.diagnosis: Diagnosis | None = None
+        self._policy, self._config, self._scaled = policy, config, scaled
+        self._state, self._history, self._watched = state, history, watched
+        self._ledger, self._run_up = ledger, run_up
+        self._constants = {n: b.detach().clone() for n, b in watched.model.named_buffers() if not is_finite(b)}
+        self._skips = Skips(config.replays if scaled else 0)
+        self._num_faults = self._num_consecutive = self._num_looks = 0
+        self._pending: Diagnosis | None = None  # of gradients that no optimizer has used yet
+
+    def suspects(self, ran: Ran) -> bool:
+        """Whether a step has to be looked into; asked once a step."""
+        return ran.is_doubtful or (not self._num_faults and self._skips.odd(ran.reading))
+
+    def look_into(self, ran: Ran, index: int) -> Act:
+        """Something looks non-finite, or the step raised: find out, and put the state where it goes on from."""
+        if ran.raised is None and self._num_faults >= self._config.replays:
+            return self._act_briefly(ran, index)
+        with self._looking_back(index) as inquiry:
+            outcome = inquiry.hold(ran, partial(self.facts, index))
+        if outcome.failure is not None:
+            self._ledger.own_error(outcome.failure)
+        diagnosis = outcome.diagnosis or self._without_replay(outcome, ran, index)
+        if diagnosis is None:
+            return self._acquit(outcome, ran)
+        if self._pending is not None and not diagnosis.origin.op and diagnosis.origin.phase == "backward":
+            diagnosis = self._pending  # the gradient was bad when the step began: it went bad in an earlier one
+        self.conclude(diagnosis, index)
+        return self._act(outcome, diagnosis, index)
+
+    def note_unused(self, ran: Ran, index: int) -> None:
+        """Gradients are bad and no optimizer stepped: no fault, unless a later step of an accumulation uses them."""
+        self._ledger.event(wording.unused_gradients(ran.reading, scaled=self._scaled))
+        if self._scaled or self._pending is not None or self._num_looks >= self._config.replays:
+            return
+        self._num_looks += 1
+        with self._looking_back(index) as inquiry:
+            outcome = inquiry.hold(ran, partial(self.facts, index), unused=True)
+        self._state.restore(outcome.after)
+        self._history.forget()
+        self._pending = outcome.diagnosis
+
+    def conclude(self, diagnosis: Diagnosis, index: int) -> None:
+        """There is a fault: write it down."""
+        self._num_faults += 1
+        self.diagnosis = self.diagnosis or diagnosis
+        self._ledger.fault(index, diagnosis, self._num_faults)
+
+    def facts(self, index: int) -> Mapping[str, Any]:
+        """The part of a diagnosis' context that is known without looking."""
+        ledger = self._ledger
+        return {"step": index, "task": ledger.task, "sample_ids": ledger.samples, "run_up": self._run_up.steps()}
+
+    def step_ended(self, reading: Reading, *, skipped: bool) -> None:
+        """Whatever became of it, the next step begins."""
+        if not skipped:
+            self._num_consecutive = 0
+        if not reading.bad_gradients:
+            self._pending = None
+
+    def close(self) -> None:
+        """Let go of what was watched."""
+        del self._state, self._history, self._watched, self._constants
+
+    # To a diagnosis.
+
+    @contextmanager
+    def _looking_back(self, index: int) -> Iterator[Inquiry]:
+        """Steps run in the block are replays: their tensors are recorded in full where they were not the first time."""
+        watch = self._watched.watch
+        rows = {index: watch.take_rows()}
+        self.replaying = True
+        inquiry = Inquiry(
+            state=self._state,
+            history=self._history,
+            subject=self._watched.subject,
+            constants=self._constants,
+            begin=self._begin_again,
+            read=partial(self._read_again, rows, index),
+            late_writes=watch.late_writes,
+            goes_back=self._policy != "record",
+        )
+        try:
+            with bystanders_put_back():
+                yield inquiry
+        finally:
+            self.replaying = False
+            watch.forget()
+            self._ledger.keep_dense(index, rows)
+
+    def _begin_again(self, before: Snapshot | None) -> None:
+        self._watched.losses.clear()
+        copies = {id(live): held for live, held in before.tensors} if before is not None else {}
+        parameters = self._watched.parameters
+        self._watched.watch.begin_again({n: copies[id(p)] for n, p in parameters.items() if id(p) in copies})
+
+    def _read_again(self, rows: dict[int, Rows | None], current: int, index: int, returned: Any) -> Reading:
+        watch, reading = self._watched.watch, self._watched.read(returned)
+        watch.update_norm(max(reading.num_backwards - 1, 0))
+        taken = watch.take_rows()
+        if index == current or not reading.suspicious:  # else it went otherwise than the first time
+            rows[index] = taken
+            self._run_up.describe_again(index, reading, watch.largest)
+        return reading
+
+    def _without_replay(self, outcome: Outcome, ran: Ran, index: int) -> Diagnosis | None:
+        """Where the replay failed or did not show what the first run had shown: what can be seen without it."""
+        if not ran.reading.suspicious or (outcome.failure is None and outcome.same):
+            return None
+        context = Context(proof="replayed-differs" if outcome.failure is None else "record", **self.facts(index))
+        self._state.restore(outcome.after)
+        stored = bad_slots(self._watched.subject.replay_buffer)
+        diagnosis = by_hooks(symptoms(self._watched.watch, ran.reading, stored), context)
+        compiled = outcome.failure is None and is_compiled(self._watched.model)
+        return only_compiled(diagnosis) if compiled else diagnosis
+
+    # From a diagnosis to the act.
+
+    def _acquit(self, outcome: Outcome, ran: Ran) -> Act:
+        self._state.restore(outcome.after)
+        self._history.forget()
+        self._watched.watch.acquit(ran.reading, ran.returned)
+        for event in wording.acquitted(ran.reading, scaled=self._scaled):
+            self._ledger.event(event)
+        return Act(skipped=ran.raised is not None)
+
+    def _act_briefly(self, ran: Ran, index: int) -> Act:
+        """A fault after the first few: an event, and what `on_nonfinite` says, without another diagnosis."""
+        self._num_faults += 1
+        self._ledger.event(wording.later_fault(ran.reading))
+        if self._policy == "record" or self.diagnosis is None:
+            return Act(settles=True)
+        with self._looking_back(index) as inquiry:
+            outcome = inquiry.undo(ran)
+        return self._act(outcome, self.diagnosis, index)
+
+    def _act(self, outcome: Outcome, diagnosis: Diagnosis, index: int) -> Act:
+        self._history.forget()
+        if self._policy == "record":
+            self._state.restore(outcome.after)
+            return Act()
+        if (back_to := self._history.unrepeated) is not None:
+            self._ledger.event(wording.not_repeated(index, back_to))
+        if self._policy == "raise":
+            self._state.restore(outcome.before)
+            return Act(skipped=True, fatal=diagnosis)
+        streams = self._state.moment().random
+        self._state.restore(outcome.before)
+        if self._policy == "rollback":
+            self._ledger.event(wording.rolled_back(index, self._history.roll_back()))
+        streams.restore()  # else the same random draws would meet the same fate
+        self._num_consecutive += 1
+        if self._num_consecutive < self._config.max_consecutive_skips:
+            return Act(skipped=True, undone=True)
+        why = f"{self._num_consecutive} steps in a row were undone; "
+        return Act(skipped=True, undone=True, fatal=diagnosis, why=why)
