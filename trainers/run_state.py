@@ -94,13 +94,18 @@ def check_same_run(stored: dict[str, Any], given: dict[str, Any], where: str = "
     Raises:
         UsageError: the first setting that differs.
     """
-    for name in stored.keys() | given.keys():
+    for name in sorted(stored.keys() | given.keys()):
         path = f"{where}{name}"
         was, came = stored.get(name), given.get(name)
         if path in FREE or was == came:
             continue
         if isinstance(was, dict) and isinstance(came, dict):
             check_same_run(was, came, f"{path}.")
+        elif name not in stored or name not in given:
+            raise UsageError(
+                f"--resume: got a checkpoint of another version of the trainer ({path} is not in both), "
+                "expected one of this version; go on with that version, or begin a new run"
+            )
         else:
             raise UsageError(f"--resume: got {path} {came}, expected the run's own {was}; leave the flag out")
 

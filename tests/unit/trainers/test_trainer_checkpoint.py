@@ -110,6 +110,13 @@ def test_another_configuration_is_refused_by_name_and_another_folder_is_not() ->
         check_same_run(stored, stored | {"buffer": {"size": 500}})
 
 
+def test_a_checkpoint_that_lacks_a_setting_is_said_to_be_of_another_version() -> None:
+    stored = {"seed": 1, "method": {"alpha": 0.1}}
+
+    with pytest.raises(UsageError, match=r"checkpoint of another version of the trainer \(method\.beta is not in both"):
+        check_same_run(stored, {"seed": 1, "method": {"alpha": 0.1, "beta": 0.5}})
+
+
 def test_a_run_folder_has_one_owner_at_a_time(tmp_path: Path) -> None:
     with (
         sole_owner(tmp_path),
