@@ -14,12 +14,14 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from stabilitykit.errors import UsageError
+from stabilitykit.errors import RunFolderError, UsageError
 from trainers.checkpoint import NAME
+from trainers.run_state import sole_owner
 
 ROOT = Path(__file__).parents[1]
 TICK_SECONDS = 0.2
@@ -130,9 +132,13 @@ def last_line(errors: str) -> str:
 
 
 def prepare(job: Job) -> list[str]:
-    """Make way for the job, and how to start it: what an attempt left before its first checkpoint cannot be used."""
+    """Make way for the job, and how to start it: what an attempt left before its first checkpoint cannot be used.
+
+    Unless the attempt is still under way, in a process that has outlived its sweep: the run will say so.
+    """
     if job.folder.exists() and not (job.folder / NAME).is_file():
-        shutil.rmtree(job.folder)
+        with suppress(RunFolderError), sole_owner(job.folder):
+            shutil.rmtree(job.folder)
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     return job.arguments()
 

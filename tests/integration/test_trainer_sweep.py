@@ -17,6 +17,7 @@ import pytest
 from trainers.checkpoint import read_checkpoint
 from trainers.cli import main
 from trainers.jobs import plan, prepare, run_here
+from trainers.run_state import sole_owner
 
 ROOT = Path(__file__).parents[2]
 FLAGS = ["--backbone", "mnistmlp", "--stop_after", "2", "--monitor", "0", "--batch_size", "100"]
@@ -104,6 +105,16 @@ def test_what_an_attempt_left_before_its_first_checkpoint_is_cleared(tmp_path: P
 
     assert arguments[:2] == ["--model", "derpp"]
     assert not job.folder.exists()
+
+
+def test_what_an_attempt_is_still_writing_is_left_to_it(tmp_path: Path) -> None:
+    (job,) = plan(["derpp"], [0], [], tmp_path)
+    job.folder.mkdir(parents=True)
+
+    with sole_owner(job.folder):
+        prepare(job)
+
+        assert job.folder.exists()
 
 
 def test_an_abandoned_sweep_leaves_no_process_behind(tmp_path: Path) -> None:
