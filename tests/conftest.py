@@ -36,6 +36,7 @@ _HOOKS = {
     for name in dir(owner)
     if name.startswith("_global") and name.endswith(("hooks", "always_called", "with_kwargs"))
 }
+_SAVED_TENSORS_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", bool)  # since torch 2.7
 _PATCHABLE = (
     (torch, ("tensor", "optim")),
     (torch.autograd, ("backward", "grad")),
@@ -84,7 +85,7 @@ def process_state() -> dict[str, object]:
             torch.is_inference_mode_enabled(),
             torch.is_anomaly_enabled(),
             torch._C._autograd._saved_tensors_hooks_is_enabled(),
-            torch._C._autograd._top_saved_tensors_default_hooks(True),
+            _SAVED_TENSORS_HOOKS(True),
             torch.is_autocast_enabled("cpu"),
         ),
         "modes": (torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack()),
