@@ -24,7 +24,7 @@ _VERSION, _TRAINING, _REQUIRES_GRAD = map(attrgetter, ("_version", "training", "
 BUFFER_FIELDS = ("examples", "labels", "logits", "task_labels", "uids", "inserted_steps")
 
 
-Groups = tuple[dict[str, Any], ...]  # of an optimizer, without their parameters
+Groups = tuple[dict[str, Any], ...]  # of an optimizer, its parameters by reference
 
 
 @dataclass(frozen=True)
@@ -259,10 +259,13 @@ _PLAIN = (int, float, bool, str, type(None))
 
 
 def _hyperparameters(optimizer: Optimizer) -> Groups:
-    return tuple(
-        {key: value if type(value) in _PLAIN else clone_tree(value) for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
-    )
+    return tuple({key: _held(key, value) for key, value in group.items()} for group in optimizer.param_groups)
+
+
+def _held(key: str, value: Any) -> Any:
+    if type(value) in _PLAIN:
+        return value
+    return list(value) if key == "params" else clone_tree(value)
 
 
 def _reference(gradient: Tensor | None) -> weakref.ref[Tensor] | None:
@@ -299,8 +302,12 @@ def _restore_optimizer(optimizer: Optimizer, states: Mapping[Tensor, Any]) -> No
 
 
 def _restore_groups(optimizer: Optimizer, groups: Groups) -> None:
-    for group, held in zip(optimizer.param_groups, groups, strict=False):  # a group may have joined since
-        group.update(clone_tree(held))
+    live = optimizer.param_groups
+    del live[len(groups) :]  # one that was added since; a step that adds it may be run again
+    live += [{"params": []} for _ in groups[len(live) :]]
+    for group, held in zip(live, groups, strict=True):
+        group["params"][:] = held["params"]
+        group.update({key: _held(key, value) for key, value in held.items() if key != "params"})
 
 
 def merge(old: Any, new: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stabilitykit.config import CADENCES, MonitorConfig
 from stabilitykit.measure.values import is_finite
+from stabilitykit.monitor.batches import given_again, held_apart, taken_from
 from stabilitykit.snapshot import Moment, Snapshot, TrainingState, clone_tree, tensors_of
 from stabilitykit.watch.reading import Reading
 
@@ -45,13 +46,20 @@ class PastStep:
         """Memory held by the batch."""
         return sum(tensor.nbytes for tensor in self.tensors if tensor.layout == torch.strided)
 
+    def hold_taken(self) -> int:
+        """Count what the step took from iterators to the batch; the memory that it holds."""
+        taken = [tensor for _, tensor in tensors_of(taken_from(self.args, self.kwargs))]
+        before = self.num_bytes
+        self.tensors, self.versions = [*self.tensors, *taken], [*self.versions, *_versions(taken)]
+        return self.num_bytes - before
+
     def batch_untouched(self) -> bool:
         """Whether the batch is still what the step was given: nobody has written into it."""
         return self.copied or self.versions == _versions(self.tensors)
 
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments for a re-run, which may write into them as well."""
-        arguments = (self.args, dict(self.kwargs))
+        arguments: tuple[tuple[Any, ...], dict[str, Any]] = given_again((self.args, self.kwargs))
         return clone_tree(arguments) if self.copied else arguments
 
 
@@ -115,8 +123,7 @@ class History:
             moment = snapshot.moment
         else:
             moment = self._state.moment()
-        if self._copy_batches:
-            args, kwargs = clone_tree((args, kwargs))
+        args, kwargs = clone_tree((args, kwargs)) if self._copy_batches else held_apart((args, kwargs))
         tensors = [tensor for _, tensor in tensors_of((args, kwargs))]
         past = PastStep(index, moment, args, kwargs, tensors, _versions(tensors), self._copy_batches)
         self._held_bytes += past.num_bytes
@@ -126,6 +133,7 @@ class History:
         """The step is over and was good."""
         if self._segments and self._current.steps:
             self._current.steps[-1].reading = reading
+            self._held_bytes += self._current.steps[-1].hold_taken()
             self._step_seconds = _smooth(self._step_seconds, seconds)
             if not self._current.steps[-1].batch_untouched():  # a step that normalises its batch in place
                 self._copy_batches = True

@@ -190,7 +190,7 @@ class Inquiry:
 
     def _markers(self) -> set[tuple[str, bool]]:
         """Entries of earlier batches that were non-finite and did no harm: their names, and whether they held NaN."""
-        earlier = [(past.args, dict(past.kwargs)) for past in list(self.history.recent())[:-1]]
+        earlier = [past.inputs() for past in list(self.history.recent())[:-1]]
         tensors = [
             entry
             for batch in earlier

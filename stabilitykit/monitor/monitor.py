@@ -23,6 +23,7 @@ from stabilitykit.diagnose.hooks import by_hooks
 from stabilitykit.errors import NonFiniteError
 from stabilitykit.monitor import wording
 from stabilitykit.monitor.aftermath import Aftermath, abandoned
+from stabilitykit.monitor.batches import recorded
 from stabilitykit.monitor.faults import Faults, OnNonFinite
 from stabilitykit.monitor.history import History, Step
 from stabilitykit.monitor.inquiry import Ran, refuse_deferred
@@ -208,6 +209,7 @@ class Monitor:
 
     def _replayable_step(self, function: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entered = time.perf_counter()
+        args, kwargs = tuple(map(recorded, args)), {name: recorded(entry) for name, entry in kwargs.items()}
         replayable = self._remember(args, kwargs)
         self._begin_step()
         self._ledger.cost(self._started - entered)

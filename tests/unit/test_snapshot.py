@@ -173,6 +173,25 @@ def test_a_moment_puts_back_streams_and_hyperparameters_alone() -> None:
     assert (training.model.layers[0].weight == 1.0).all()
 
 
+def test_a_group_that_a_step_added_is_gone_and_can_be_added_again() -> None:
+    body, head = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([body], lr=0.1)
+    state = TrainingState(nn.ParameterList([body, head]), [optimizer])  # type: ignore[arg-type]
+    before = state.capture()
+    optimizer.add_param_group({"params": [head], "lr": 0.5})
+    after = state.capture()
+
+    state.restore(before)
+
+    assert [group["params"] for group in optimizer.param_groups] == [[body]]
+    optimizer.add_param_group({"params": [head], "lr": 0.5})
+    state.restore(before)
+    state.restore(after)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1]
+    assert optimizer.param_groups[1]["params"][0] is head
+    assert optimizer.param_groups[1]["lr"] == 0.5
+
+
 def test_gradients_that_were_none_are_none_again() -> None:
     training = Training("sgd")
     snapshot = training.state.capture()

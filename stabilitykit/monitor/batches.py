@@ -1,0 +1,123 @@
+"""A step's arguments, held so that it can be given them again: a step may empty a list, or use up an iterator."""
+
+from __future__ import annotations
+
+import copy
+from collections import UserDict
+from collections.abc import Iterator, Sequence
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+from stabilitykit.random_states import RandomStates
+
+_PLAIN_ITERATORS = (
+    "builtins",
+    "itertools",
+)  # generators, zip, chain; of any other class, a file say, too little is known
+_NO_DATA = (type, nn.Module, Optimizer, FunctionType, MethodType, ModuleType)
+
+
+class Recorded(Iterator[Any]):
+    """An iterator that keeps what the step takes, and the random streams as each item left them.
+
+    An iterator gives its items once: a replay that took them from it would get those of the next step.
+    """
+
+    __slots__ = ("_source", "_streams", "taken")  # nobody is to look for tensors among its attributes
+
+    def __init__(self, source: Iterator[Any]) -> None:
+        self._source = source
+        self.taken: list[Any] = []
+        self._streams: list[RandomStates] = []
+
+    def __next__(self) -> Any:
+        item = next(self._source)
+        self.taken.append(held_apart(item))
+        self._streams.append(RandomStates.capture())
+        return item
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def __deepcopy__(self, memo: object) -> Recorded:
+        return self
+
+    def again(self) -> Iterator[Any]:
+        """The same items, the random streams following."""
+        return _Again(self.taken, self._streams)
+
+
+class _Again(Iterator[Any]):
+    """Recorded items once more; `items` is where a diagnosis finds what the batch was."""
+
+    def __init__(self, items: Sequence[Any], streams: Sequence[RandomStates]) -> None:
+        self.items = held_apart(list(items))
+        self._remaining = iter(tuple(zip(self.items, streams, strict=True)))
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __next__(self) -> Any:
+        item, streams = next(self._remaining)
+        streams.restore()
+        return item
+
+
+class _Sized(Recorded):
+    """One that says how many items there are."""
+
+    __slots__ = ()
+
+    def __len__(self) -> int:
+        return len(self._source)  # type: ignore[arg-type]
+
+
+def recorded(value: Any) -> Any:
+    """An argument as the step is given it: iterators recorded, everything else itself."""
+    is_plain = isinstance(value, Iterator) and type(value).__module__ in _PLAIN_ITERATORS
+    if not is_plain and not isinstance(value, _BaseDataLoaderIter):
+        return value
+    return _Sized(value) if hasattr(value, "__len__") else Recorded(value)
+
+
+def held_apart(value: Any) -> Any:
+    """The same tensors in containers of their own, which the step cannot empty or fill; what is recorded stays so."""
+    if type(value) in (list, tuple):
+        return type(value)(held_apart(entry) for entry in value)
+    if type(value) is dict:
+        return {key: held_apart(entry) for key, entry in value.items()}
+    return copy.copy(value) if _is_data(value) else value
+
+
+def given_again(value: Any) -> Any:
+    """What was held, for a step that is run again."""
+    if isinstance(value, Recorded):
+        return value.again()
+    if type(value) in (list, tuple):
+        return type(value)(given_again(entry) for entry in value)
+    if type(value) is dict:
+        return {key: given_again(entry) for key, entry in value.items()}
+    return copy.copy(value) if _is_data(value) else value
+
+
+def taken_from(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """What the step took from its iterators."""
+    return [entry.taken for entry in (*args, *kwargs.values()) if isinstance(entry, Recorded)]
+
+
+def _is_data(value: Any) -> bool:
+    """Whether it is a batch of a class of its own, with tensors for attributes; a trainer has a model as well."""
+    if isinstance(value, dict | UserDict):
+        return True
+    if isinstance(value, (Tensor, Recorded, *_NO_DATA)) or not hasattr(value, "__dict__"):
+        return False
+    attributes = vars(value).values()
+    has_tensor = any(isinstance(entry, Tensor) for entry in attributes)
+    return has_tensor and not any(isinstance(entry, nn.Module | Optimizer) for entry in attributes)
