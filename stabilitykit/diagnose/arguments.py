@@ -22,7 +22,7 @@ _PLACING = {
 }  # fmt: skip
 _OVERWRITING = {"copy", "fill", "zero", "uniform", "normal", "random", "bernoulli", "exponential", "set", "resize"}
 _READING = {"local_scalar_dense", "is_nonzero", "equal"}
-_CHECKING = {"isnan", "isinf", "isfinite", "ne", "eq", *_READING}
+_CHECKING = {"isnan", "isinf", "isfinite", "ne", "eq", "lt", "le", "gt", "ge", *_READING}
 _SHAPE_ONLY = ("_like",)
 
 

@@ -93,12 +93,27 @@ def _origin(finding: Finding, phase: Phase, tensor: str, samples: tuple[int, ...
 def _phase(finding: Finding) -> Phase:
     source = finding.origin
     if isinstance(source, Leaf):
-        return _LEAF_PHASES[source.kind]
+        return _phase_of_unknown(finding) if source.kind == "unknown" else _LEAF_PHASES[source.kind]
     if source.phase not in ("forward", "clip"):
         return source.phase
     if finding.symptom.role == "module_buffer":
         return "state"
     return _phase_by_hand(finding, source) if source.aside or source.phase == "clip" else source.phase
+
+
+def _phase_of_unknown(finding: Finding) -> Phase:
+    """Of a tensor that only the caller's code knew: what it was loaded into, else where it was used."""
+    loaded = _loaded(finding)
+    if loaded is not None:
+        return "weights" if loaded.writes_kind == "parameter" else "state"
+    used = finding.path[0].phase if finding.path else "data"
+    return used if used in ("clip", "optimizer") else "data"
+
+
+def _loaded(finding: Finding) -> Operation | None:
+    """The copy of a bad tensor into a parameter or module buffer, if that is how it came into the step."""
+    first = finding.path[0] if finding.path and isinstance(finding.origin, Leaf) else None
+    return first if first is not None and first.loads else None
 
 
 def _phase_by_hand(finding: Finding, source: Operation) -> Phase:
@@ -124,8 +139,10 @@ def _first_write(finding: Finding) -> Operation | None:
 def _tensor(finding: Finding, phase: Phase) -> str:
     """The parameter, module buffer, gradient or batch entry the phase is about."""
     source, symptom = finding.origin, finding.symptom
-    if isinstance(source, Leaf) and phase != "optimizer":
+    if isinstance(source, Leaf) and source.name and phase != "optimizer":
         return source.name
+    if (loaded := _loaded(finding)) is not None:
+        return loaded.writes
     is_tensor = symptom.role not in ("loss", "probed", "returned", "error")
     if phase in ("optimizer", "clip", "state"):
         wrote = _first_write(finding)

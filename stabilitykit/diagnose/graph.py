@@ -61,6 +61,7 @@ class Operation:
         writes: name of the parameter, module buffer or gradient it wrote into, if any; `writes_kind` says which.
         exact_absmax: largest magnitude of the same operation in float64, where a narrow dtype overflowed.
         aside: it ran after backward and outside autograd: part of clipping or of an update by hand.
+        own_backward: it is the user's own code within backward: a hook, a custom Function.
     """
 
     index: int
@@ -80,6 +81,12 @@ class Operation:
     writes_kind: str = ""
     exact_absmax: float | None = None
     aside: bool = False
+    own_backward: bool = False
+
+    @property
+    def loads(self) -> bool:
+        """Whether it puts a tensor into a parameter or a module's buffer as it is: a checkpoint is loaded."""
+        return self.kernel == "copy" and self.writes_kind in ("parameter", "module_buffer")
 
 
 Source = Operation | Leaf

@@ -78,13 +78,13 @@ def _label(subject: Subject, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         labels.add("parameter", name, parameter)
         if parameter.grad is not None and not is_finite(parameter.grad):  # a label keeps what the step lets go of
             labels.add("gradient", name, parameter.grad)
-    for name, buffer in subject.model.named_buffers():
-        labels.add("module_buffer", name, buffer)
-    for name in BUFFER_FIELDS:
+    for name in BUFFER_FIELDS:  # before the module buffers: a replay buffer may be a module, even of the model
         held = subject.replay_buffer
         tensor = held.get(name) if isinstance(held, Mapping) else getattr(held, name, None)
         if isinstance(tensor, Tensor):
             labels.add("replay", name, tensor)
+    for name, buffer in subject.model.named_buffers():
+        labels.add("module_buffer", name, buffer)
     for path, tensor in tensors_of((args, dict(kwargs))):
         labels.add("batch", batch_name(path), tensor)
     names = {id(parameter): name for name, parameter in subject.parameters.items()}

@@ -79,6 +79,17 @@ def find_caller(depth: int = 1) -> Caller:
     return Caller(NOWHERE, in_backward_code=False, recomputed=recomputed)
 
 
+def user_lines(depth: int = 1) -> list[tuple[str, int]]:
+    """Every line of the user's code that led here, innermost first."""
+    frame: FrameType | None = sys._getframe(depth)
+    lines = []
+    while frame is not None:
+        if not frame.f_code.co_filename.startswith((_TORCH, *_NOT_THE_USERS)):
+            lines.append((frame.f_code.co_filename, frame.f_lineno))
+        frame = frame.f_back
+    return lines
+
+
 def _user_site(frame: FrameType | None) -> Site:
     while frame is not None:
         if not frame.f_code.co_filename.startswith((_TORCH, *_NOT_THE_USERS)):

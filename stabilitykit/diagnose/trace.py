@@ -16,7 +16,8 @@ from stabilitykit.diagnose.arguments import Call
 from stabilitykit.diagnose.graph import Edge, Operation, Source, Symptom, Trace
 from stabilitykit.diagnose.labels import Labels, storage_key
 from stabilitykit.diagnose.numbers import Numbers
-from stabilitykit.diagnose.site import ENGINE, NOWHERE, Caller, Site, find_caller
+from stabilitykit.diagnose.raised import Look, looked_at
+from stabilitykit.diagnose.site import ENGINE, NOWHERE, Caller, Site, find_caller, user_lines
 from stabilitykit.diagnose.storages import Storages, has_nan
 from stabilitykit.measure.summary import bad_rows, summarise
 from stabilitykit.measure.values import is_finite
@@ -58,6 +59,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._failed: tuple[int, Source | None] = (-1, None)  # index of an operation, and what was bad in it
         self._checked: tuple[int, Source | None] = (-1, None)
         self._read = -1
+        self._looks: list[Look] = []
         self._paused = False
 
     # What the replay tells the tracer.
@@ -72,7 +74,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._paused = before
 
     def enter_module(self, module: nn.Module, _inputs: object) -> None:
-        """A module's forward starts."""
+        """A module's forward starts; one that is no part of the model, a teacher say, has weights as well."""
+        if id(module) not in self._module_names:
+            with self.paused():
+                for name, parameter in module.named_parameters(recurse=False):
+                    if self.labels.kind(parameter) is None:
+                        self.labels.add("parameter", f"{type(module).__name__}.{name}", parameter)
         self._stack.append((self._module_names.get(id(module)), torch._C._autograd._get_sequence_nr()))
 
     def leave_module(self, _module: nn.Module, _inputs: object, _output: object) -> None:
@@ -146,8 +153,15 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if failed != self.num_operations:
             told = self._read == self.num_operations and self._read - checked <= CHECK_DISTANCE
             source = check if told else None
+        source = source or looked_at(error, self._looks)
         if source is not None:
             self.symptoms.append(Symptom("error", type(error).__name__, source))
+
+    def _look(self) -> None:
+        """Python has read something, perhaps whether a value is finite."""
+        checked, source = self._checked
+        if source is not None and self.num_operations - checked <= CHECK_DISTANCE:
+            self._looks.append(Look(source, user_lines()))
 
     def hand_out(self, source: Source, *, nan: bool) -> None:
         """Python holds a non-finite number or array."""
@@ -159,6 +173,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with self.paused():
                 for source, nan in self._storages.sources(tensor):
                     self.hand_out(source, nan=nan)
+                    self._looks.append(Look(source, user_lines()))
 
     def result(self) -> Trace:
         """What has been gathered so far."""
@@ -209,6 +224,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._checked = self.num_operations, source
         if call.is_read:
             self._read = self.num_operations
+            self._look()
         if call.gives_number:
             for edge in (edge for found in edges for edge in found):
                 self.hand_out(edge.source, nan=edge.nan)
@@ -286,6 +302,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             scalar=call.nonfinite_scalar,
             rows=bad_rows(first),
             aside=self._after_backward and not call.differentiable,
+            own_backward=caller.in_backward_code,
         )
         operation.writes, operation.writes_kind = self._written(bad)
         if not edges and first.dtype in (torch.float16, torch.bfloat16):

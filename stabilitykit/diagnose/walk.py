@@ -80,13 +80,18 @@ class _Search:
                 continue
             self._seen.add(id(source))
             if isinstance(source, Leaf):
-                self._end(source, entry, constant=self._intended(source))
+                self._end(source, entry, constant=self._intended(source) and not self._makes_weight(source))
             elif not (edges := followed(source)):
                 self._end(source, entry, constant=source.places_constant)
             else:
                 for edge in edges:
                     self._consumer.setdefault(id(edge.source), source)
                     waiting.append((edge.source, edge))
+
+    def _makes_weight(self, leaf: Leaf) -> bool:
+        """Whether it is loaded into a parameter: no Inf is meant there."""
+        reader = self._consumer.get(id(leaf))
+        return reader is not None and reader.loads and reader.writes_kind == "parameter"
 
     def _end(self, source: Source, entry: Edge | None, *, constant: bool) -> None:
         if constant:

@@ -22,6 +22,11 @@ from stabilitykit.schema import Diagnosis
 from stabilitykit.snapshot import Snapshot, TrainingState, tensors_of
 from stabilitykit.watch.reading import Reading
 
+# What is raised for no number's sake: a missing key, a wrong type, a file, the end of an iterator.
+_UNRELATED = (
+    AttributeError, EOFError, ImportError, LookupError, MemoryError, NameError, OSError, StopIteration, TypeError,
+)  # fmt: skip
+
 
 def refuse_deferred(function: Callable[..., Any]) -> None:
     """Refuse what does not do a step when it is called.
@@ -53,8 +58,8 @@ class Ran:
 
     @property
     def may_be_numerical(self) -> bool:
-        """Whether it raised what code raises that met a NaN: an assertion, a check of a distribution's arguments."""
-        return isinstance(self.raised, ArithmeticError | AssertionError | ValueError | RuntimeError)
+        """Whether it raised what code may raise that met a NaN: a check's error, an assertion, a class of its own."""
+        return self.raised is not None and not isinstance(self.raised, _UNRELATED)
 
     @property
     def is_doubtful(self) -> bool:

@@ -7,9 +7,9 @@ RULES: tuple[Rule, ...] = (
     *outside.RULES,
     *update.CERTAIN,
     *divergence.RULES,  # before the operation's own family: it is only where a long way came to its end
-    *state.RULES,
     *domain.RULES,
     *overflow.RULES,
+    *state.RULES,
     *update.RULES,
 )
 

@@ -51,6 +51,11 @@ class Evidence:
         return origin if isinstance(origin, Leaf) else None
 
     @property
+    def computed(self) -> bool:
+        """Whether the operation itself made the value, and not its derivative: also in a backward hook's own code."""
+        return self.operation is not None and (self.phase != "backward" or self.operation.own_backward)
+
+    @property
     def op(self) -> str:
         """Name of the origin's operation, empty for a leaf."""
         return self.operation.op if self.operation else ""

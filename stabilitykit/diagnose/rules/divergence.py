@@ -22,7 +22,7 @@ class Divergence(Rule):
     )
 
     def applies(self, evidence: Evidence) -> bool:
-        return evidence.operation is not None and onset(evidence) is not None
+        return overflowed(evidence) and onset(evidence) is not None
 
     def facts(self, evidence: Evidence) -> str:
         start = onset(evidence)
@@ -47,7 +47,7 @@ class Overshoot(Rule):
     )
 
     def applies(self, evidence: Evidence) -> bool:
-        if evidence.operation is None or len(evidence.run_up) < 2:
+        if not overflowed(evidence) or len(evidence.run_up) < 2:
             return False
         before, last = evidence.run_up[-2:]
         thrown = last.parameter_norm >= SUDDEN * before.parameter_norm > 0
@@ -62,7 +62,16 @@ class Overshoot(Rule):
 
 
 SUDDEN = 100.0
+_NEVER_OVERFLOW_TO_NAN = {
+    "acos", "acosh", "asin", "atanh", "div", "erfinv", "fmod", "log", "log10", "log1p", "log2", "logit", "pow",
+    "reciprocal", "remainder", "rsqrt", "sqrt", "true_divide",
+}  # fmt: skip
 SMALLEST, LARGEST = 1e-300, 1e300  # stand for losses of 0, and of Inf and NaN, in a logarithm
+
+
+def overflowed(evidence: Evidence) -> bool:
+    """Whether the origin may be where a growing number met its end: not where a function left its domain, or 0 / 0."""
+    return evidence.operation is not None and not (evidence.kind == "nan" and evidence.op in _NEVER_OVERFLOW_TO_NAN)
 
 
 def onset(evidence: Evidence, factor: float = 100.0) -> int | None:

@@ -13,9 +13,9 @@ def _zeros(evidence: Evidence, *names: str) -> int:
 
 
 class MaskedTooLate(Rule):
-    """The mask came too late: the loss never saw the value, but backward did.  The branch that torch.where,
-    masked_fill or a clamp discards gets the gradient 0, and 0 times the infinite derivative (or value) of what was
-    discarded is NaN.
+    """The mask came too late: the loss never saw the value, but backward did.  What torch.where, masked_fill, a clamp,
+    a minimum or a saturated function leaves out gets the gradient 0, and 0 times the infinite derivative (or value) of
+    what was left out is NaN.
     """
 
     name = "where_trap"
@@ -28,7 +28,7 @@ class MaskedTooLate(Rule):
         if not evidence.loss_was_finite or not evidence.finding.symptom.role.startswith("gradient"):
             return False
         if evidence.phase == "forward":  # an Inf that never reached the loss
-            return True
+            return evidence.op != "to_copy"  # a cast has no derivative of its own: see NarrowOverflow
         spread = evidence.finding.path[1:3]  # the derivative is Inf, and its product with the gradient 0 is NaN
         met_zero = evidence.kind == "nan" or any(link.output.nan and not _any_nan(link) for link in spread)
         return evidence.phase == "backward" and met_zero and _same_node(evidence)
@@ -44,7 +44,7 @@ def _same_node(evidence: Evidence) -> bool:
     turned = next((link for link in path[:3] if link.output.nan), None)
     if turned is None or (turned is path[0] and turned.op == turned.kernel):  # a backward of the user's own
         return False
-    return turned.node == path[0].node and turned.site == path[0].site
+    return turned.node == path[0].node and turned.site == path[0].site and not turned.own_backward
 
 
 class LogOfZero(Rule):
@@ -58,7 +58,7 @@ class LogOfZero(Rule):
     )
 
     def applies(self, evidence: Evidence) -> bool:
-        return evidence.phase == "forward" and evidence.op in ("log", "log2", "log10", "log1p", "xlogy")
+        return evidence.computed and evidence.op in ("log", "log2", "log10", "log1p", "xlogy")
 
     def facts(self, evidence: Evidence) -> str:
         given = evidence.inputs.get("self")
@@ -78,20 +78,26 @@ class DivisionByZero(Rule):
     )
 
     def applies(self, evidence: Evidence) -> bool:
-        if evidence.phase not in ("forward", "backward"):
+        if evidence.operation is None:
             return False
-        by_zero = evidence.op in ("div", "true_divide", "remainder", "fmod") and _zeros(evidence, "other") > 0
+        divides = evidence.op in ("div", "true_divide", "remainder", "fmod")
+        by_zero = divides and (_zeros(evidence, "other") > 0 or evidence.numbers.get("other") == 0)
         of_zero = evidence.op in ("reciprocal", "rsqrt") and _zeros(evidence, "self") > 0
-        by_number = evidence.op == "div" and evidence.numbers.get("other") == 0
-        return by_zero or of_zero or by_number or (evidence.op == "div" and evidence.phase == "backward")
+        other = evidence.inputs.get("other")  # integers are not counted; no other of them makes a quotient infinite
+        by_integer = divides and other is not None and "int" in other.dtype
+        zero_by_zero = divides and evidence.kind == "nan" and evidence.computed  # of finite numbers there is no other
+        derivative = evidence.op == "div" and evidence.phase == "backward"
+        return by_zero or of_zero or by_integer or zero_by_zero or derivative
 
     def facts(self, evidence: Evidence) -> str:
         count = _zeros(evidence, "other") or _zeros(evidence, "self")
-        return f"{count:,} of the denominators were 0." if count else ""
+        return f"{count:,} of the denominators {'was' if count == 1 else 'were'} 0." if count else ""
 
 
 class GradientNormalisedByZero(Rule):
-    """Clipping or normalising divided the gradients by their norm, and the norm was zero (0 / 0) or not finite."""
+    """Code between backward and the update divided by zero: by a norm of the gradients, a product of two of them, the
+    number of samples.
+    """
 
     name = "clip_by_zero_norm"
     remedies = (
@@ -100,7 +106,7 @@ class GradientNormalisedByZero(Rule):
     )
 
     def applies(self, evidence: Evidence) -> bool:
-        return evidence.phase == "clip"
+        return evidence.phase == "clip" and evidence.op in ("div", "true_divide", "reciprocal", "rsqrt")
 
 
 class DerivativeAtEdge(Rule):
@@ -117,7 +123,8 @@ class DerivativeAtEdge(Rule):
     )  # fmt: skip
 
     def applies(self, evidence: Evidence) -> bool:
-        return evidence.phase == "backward" and evidence.op in self._EDGE and not evidence.narrow
+        edge = evidence.phase == "backward" and not evidence.computed
+        return edge and evidence.op in self._EDGE and not evidence.narrow
 
     def advise(self, evidence: Evidence) -> tuple[str, ...]:
         inside = {
@@ -168,7 +175,7 @@ class EmptyReduction(Rule):
     def applies(self, evidence: Evidence) -> bool:
         empty = any(entry.numel == 0 for entry in evidence.inputs.values())
         ignoring = evidence.op in ("nll_loss_forward", "nll_loss2d_forward", "cross_entropy_loss")
-        return evidence.phase == "forward" and evidence.kind == "nan" and (empty or ignoring)
+        return evidence.computed and evidence.kind == "nan" and (empty or ignoring)
 
 
 class SingleSampleVariance(Rule):
@@ -181,7 +188,7 @@ class SingleSampleVariance(Rule):
     )
 
     def applies(self, evidence: Evidence) -> bool:
-        return evidence.phase == "forward" and evidence.op in ("std", "var", "std_mean", "var_mean")
+        return evidence.computed and evidence.op in ("std", "var", "std_mean", "var_mean")
 
 
 class OutsideDomain(Rule):
@@ -195,7 +202,11 @@ class OutsideDomain(Rule):
 
     def applies(self, evidence: Evidence) -> bool:
         names = ("acos", "asin", "atanh", "acosh", "sqrt", "rsqrt", "pow", "erfinv", "logit")
-        return evidence.phase == "forward" and evidence.op in names and evidence.kind == "nan"
+        return evidence.computed and evidence.op in names and evidence.kind == "nan"
+
+    def advise(self, evidence: Evidence) -> tuple[str, ...]:
+        state = "look at the optimizer's state: a second moment may be below 0, by rounding (centered=True) or loaded"
+        return (*self.remedies, state) if evidence.phase == "optimizer" else self.remedies
 
 
 class Pole(Rule):
@@ -207,7 +218,7 @@ class Pole(Rule):
     def applies(self, evidence: Evidence) -> bool:
         at_zero = evidence.op in ("pow", "lgamma", "digamma", "polygamma") and _zeros(evidence, "self") > 0
         at_one = evidence.op in ("atanh", "erfinv", "logit")
-        return evidence.phase == "forward" and evidence.kind == "inf" and (at_zero or at_one)
+        return evidence.computed and evidence.kind == "inf" and (at_zero or at_one)
 
 
 class InfinityArithmetic(Rule):

@@ -5,6 +5,24 @@ from __future__ import annotations
 from stabilitykit.diagnose.rules.base import Evidence, Rule
 
 
+class KeptTensor(Rule):
+    """A tensor that is no parameter, no module's buffer and no entry of the batch held the value when the step first
+    used it: the script keeps it from step to step (a target, a statistic, an importance, a memory).
+    """
+
+    name = "kept_tensor"
+    remedies = (
+        "look at what writes it, in an earlier step or between two: assert torch.isfinite(tensor).all() there",
+        "let it be watched: a statistic as a buffer of the model, a memory as attach(..., replay_buffer=memory)",
+    )
+
+    def applies(self, evidence: Evidence) -> bool:
+        return evidence.phase == "data" and evidence.leaf is not None and evidence.leaf.kind == "unknown"
+
+    def facts(self, evidence: Evidence) -> str:
+        return f"{evidence.leaf.summary.describe()}." if evidence.leaf else ""
+
+
 class BadSample(Rule):
     """The batch handed to the step already held the value: the data set, or the code that loads it, made it."""
 
@@ -40,8 +58,8 @@ class BadBufferEntry(Rule):
 
 
 class BadCheckpoint(Rule):
-    """The parameter held the value when the step began: its initialisation, a checkpoint that lacks it, or code
-    outside the step wrote it.
+    """The parameter held the value when the step began, or was loaded with it: its initialisation, a checkpoint that
+    is bad or lacks it, or code outside the step wrote it.
     """
 
     name = "bad_weights"
@@ -59,8 +77,8 @@ class BadCheckpoint(Rule):
 
 
 class BadState(Rule):
-    """A module's buffer (running statistics, a running minimum, a memory) held the value when the step began, and
-    the step used it.
+    """A module's buffer (running statistics, a running minimum, a memory) held the value when the step began, or was
+    loaded with it, and the step used it.
     """
 
     name = "bad_state"
@@ -74,8 +92,8 @@ class BadState(Rule):
 
 
 class MadeInPython(Rule):
-    """numpy or plain Python made the value within the step: it was not finite when it became a tensor here, and what
-    the batch and torch had handed to Python was.
+    """numpy or plain Python brought the value: it was not finite when it became a tensor here, and what the batch and
+    torch had handed to Python was.  It was made there within the step, or is kept there from step to step.
     """
 
     name = "made_in_python"
@@ -88,4 +106,21 @@ class MadeInPython(Rule):
         return evidence.op == "lift_fresh"
 
 
-RULES = (MadeInPython(), BadSample(), BadBufferEntry(), BadCheckpoint(), BadState())
+class NumberNotFinite(Rule):
+    """Plain Python handed the operation a number that is not finite: it was reckoned, or read, outside of torch."""
+
+    name = "number_not_finite"
+    remedies = (
+        "look at how the number is reckoned: a mean of nothing, a division by 0.0 in numpy, a setting",
+        "check it where it is used: assert math.isfinite(weight), weight",
+    )
+
+    def applies(self, evidence: Evidence) -> bool:
+        made = evidence.operation
+        return made is not None and bool(made.scalar) and not made.edges and evidence.phase != "optimizer"
+
+    def facts(self, evidence: Evidence) -> str:
+        return f"{evidence.op} was given {evidence.operation.scalar}." if evidence.operation else ""
+
+
+RULES = (NumberNotFinite(), MadeInPython(), KeptTensor(), BadSample(), BadBufferEntry(), BadCheckpoint(), BadState())

@@ -20,7 +20,7 @@ class LossScaleOverflow(Rule):
     )
 
     def applies(self, evidence: Evidence) -> bool:
-        return evidence.phase == "backward" and evidence.narrow
+        return evidence.phase == "backward" and evidence.narrow and not evidence.computed
 
     def facts(self, evidence: Evidence) -> str:
         return narrow_facts(evidence)
@@ -37,7 +37,7 @@ class NarrowOverflow(Rule):
     )
 
     def applies(self, evidence: Evidence) -> bool:
-        return evidence.narrow and evidence.phase == "forward"
+        return evidence.narrow and evidence.computed and evidence.phase in ("forward", "backward", "state")
 
     def facts(self, evidence: Evidence) -> str:
         return narrow_facts(evidence)

@@ -6,8 +6,8 @@ from stabilitykit.diagnose.rules.base import Evidence, Rule
 
 
 class RunningStatistics(Rule):
-    """A module's running statistics overflowed while the loss stayed finite: training looks healthy, and evaluation,
-    or a frozen normalisation layer, gives constants or NaN from here on.
+    """A module's buffer, running statistics as a rule, went bad while the loss stayed finite: training looks healthy,
+    and what reads it, evaluation or a frozen normalisation layer, gives constants or NaN from here on.
     """
 
     name = "running_statistics"

@@ -33,9 +33,42 @@ class LearningRateNotFinite(Rule):
         return f"lr = {_number(evidence, 'lr')}."
 
 
+class SettingNotFinite(Rule):
+    """A setting of the optimizer other than its learning rate is not finite."""
+
+    name = "setting_not_finite"
+    remedies = ("check it where it is set: assert math.isfinite(group['weight_decay'])",)
+
+    def applies(self, evidence: Evidence) -> bool:
+        return evidence.phase == "optimizer" and bool(self._bad(evidence))
+
+    def facts(self, evidence: Evidence) -> str:
+        return f"{evidence.optimizer} has {', '.join(self._bad(evidence))}."
+
+    def _bad(self, evidence: Evidence) -> list[str]:
+        settings = {name: entry for name, entry in evidence.hyperparameters.items() if isinstance(entry, float)}
+        return [f"{name} = {entry}" for name, entry in settings.items() if name != "lr" and not math.isfinite(entry)]
+
+
+class BadOptimizerState(Rule):
+    """The optimizer's state held the value when the update began: it was loaded, or an earlier step left it so."""
+
+    name = "bad_optimizer_state"
+    remedies = (
+        "look at what was loaded: torch.isfinite over the tensors of optimizer.state_dict()['state']",
+        "begin with a new optimizer, or drop the parameter's entry: optimizer.state.pop(parameter)",
+    )
+
+    def applies(self, evidence: Evidence) -> bool:
+        return evidence.phase == "optimizer" and evidence.leaf is not None
+
+    def facts(self, evidence: Evidence) -> str:
+        return f"{evidence.leaf.summary.describe()}." if evidence.leaf else ""
+
+
 class NoEpsilon(Rule):
-    """An adaptive optimizer divided by the root of a second moment that is exactly zero, and epsilon is zero or is
-    lost in the dtype: 0 / 0 for a parameter whose gradient has always been zero.
+    """The update divided by a measure of the gradient that is exactly zero, the root of a second moment as a rule, and
+    epsilon is zero or is lost in the dtype: 0 / 0 for a parameter whose gradient has been zero.
     """
 
     name = "optimizer_eps"
@@ -67,7 +100,8 @@ class UpdateOverflow(Rule):
     )
 
     def applies(self, evidence: Evidence) -> bool:
-        return evidence.phase == "optimizer"
+        overflowed = evidence.kind == "inf" or evidence.op.startswith("fused")  # a kernel may end at Inf - Inf
+        return evidence.phase == "optimizer" and overflowed
 
     def facts(self, evidence: Evidence) -> str:
         known = [
@@ -78,5 +112,5 @@ class UpdateOverflow(Rule):
         return f"{evidence.optimizer} with {', '.join(known)}." if known else ""
 
 
-CERTAIN = (LearningRateNotFinite(),)
-RULES = (NoEpsilon(), UpdateOverflow())
+CERTAIN = (LearningRateNotFinite(), SettingNotFinite(), BadOptimizerState(), NoEpsilon())
+RULES = (UpdateOverflow(),)

@@ -73,6 +73,7 @@ class Fault:
         return monitor.diagnosis
 
 
+KEPT = {"statistic": torch.tensor(math.nan)}
 MEMORY = {"examples": torch.tensor([[1.0] * 4, [math.nan] * 4]), "labels": torch.tensor([0, 1])}
 
 
@@ -109,6 +110,14 @@ def logarithm(values: Tensor) -> Tensor:
 
 # name of the rule: the fault it explains, and the same step with its advice taken
 FAULTS: Mapping[str, tuple[Fault, Fault]] = {
+    "number_not_finite": (
+        Fault(lambda m, x: weighted(m, x) * math.nan),
+        Fault(lambda m, x: weighted(m, x) * 0.5),
+    ),
+    "kept_tensor": (
+        Fault(lambda m, x: weighted(m, x * KEPT["statistic"])),
+        Fault(lambda m, x: weighted(m, x * KEPT["statistic"].nan_to_num())),
+    ),
     "made_in_python": (
         Fault(lambda m, x: weighted(m, logarithm(x - 10))),
         Fault(lambda m, x: weighted(m, logarithm((x - 10).clamp(min=1e-3)))),
@@ -211,6 +220,10 @@ FAULTS: Mapping[str, tuple[Fault, Fault]] = {
             options={"lr": 1e-30},
         ),
     ),
+    "setting_not_finite": (
+        Fault(weighted, options={"lr": 0.1, "weight_decay": math.nan}),
+        Fault(weighted, options={"lr": 0.1, "weight_decay": 0.01}),
+    ),
     "optimizer_eps": (
         Fault(lambda m, x: (m.weight * 0).sum(), optimizer=torch.optim.Adam, options={"eps": 0.0}),
         Fault(lambda m, x: (m.weight * 0).sum(), optimizer=torch.optim.Adam, options={"eps": 1e-8}),
@@ -223,7 +236,7 @@ FAULTS: Mapping[str, tuple[Fault, Fault]] = {
 
 
 def test_every_rule_but_those_with_a_test_of_their_own_is_in_the_table() -> None:
-    assert {rule.name for rule in RULES} - {"bad_state"} == set(FAULTS)
+    assert {rule.name for rule in RULES} - {"bad_state", "bad_optimizer_state"} == set(FAULTS)
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -266,7 +279,28 @@ def test_a_buffer_that_was_bad_when_the_step_began_is_explained_as_such(tmp_path
     assert (monitor.diagnosis.rule, monitor.diagnosis.origin.tensor) == ("bad_state", "scale")
 
 
-NEIGHBOURS: Mapping[str, tuple[Fault, str]] = {
+def test_an_optimizer_state_that_was_bad_when_the_step_began_is_explained_as_such(tmp_path: Path) -> None:
+    model = Model(1.0, torch.float32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+
+    def train_step() -> Tensor:
+        optimizer.zero_grad()
+        loss = model.weight.sum()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    with sk.attach(model, optimizer, tmp_path / "run", config=QUIET, on_nonfinite="record") as monitor:
+        step = monitor.replayable(train_step)
+        step()
+        optimizer.state[model.weight]["exp_avg"].fill_(math.nan)  # between two steps
+        step()
+
+    assert monitor.diagnosis is not None
+    assert (monitor.diagnosis.rule, monitor.diagnosis.origin.tensor) == ("bad_optimizer_state", "weight")
+
+
+NEIGHBOURS: dict[str, tuple[Fault, str]] = {
     "a square that overflows is not outside its domain": (FAULTS["overflow"][0], "overflow"),
     "a log that was masked fails in its derivative": (
         Fault(lambda m, x: torch.where(x > 0, (m.weight * x).log(), 0).sum()),
@@ -300,6 +334,51 @@ NEIGHBOURS: Mapping[str, tuple[Fault, str]] = {
 }
 
 
+def hooked(model: Model, x: Tensor) -> Tensor:
+    """A hook divides the gradient of an activation by its norm, which is 0."""
+    activation = model.weight * x
+    activation.register_hook(unit)
+    return (activation * 0).sum()
+
+
+def buffered(model: Model, x: Tensor) -> Tensor:
+    """A buffer becomes 0 / 0 and is not used yet."""
+    model.scale.copy_((x[2] / x[2]).detach())
+    return weighted(model, x)
+
+
+def drifting(model: Model, x: Tensor) -> Tensor:
+    """A loss that falls along one gradient, always the same, whose variance is below 0 by rounding."""
+    return 12345.678 * model.weight.sum()
+
+
+NEIGHBOURS |= {
+    "a cast that overflows before a tanh was not masked": (
+        Fault(lambda m, x: (m.weight * torch.tensor([70_000] * 4).to(x.dtype)).tanh().sum(), dtype=torch.float16),
+        "narrow_overflow",
+    ),
+    "a hook's own division is no derivative": (Fault(hooked), "division_by_zero"),
+    "a count of 0 divides by zero though it is an integer": (
+        Fault(lambda m, x: (m.weight * 0).sum() / (x > 100).sum()),
+        "division_by_zero",
+    ),
+    "a buffer of 0 / 0 did not overflow": (Fault(buffered), "division_by_zero"),
+    "the deviation of one gradient is no norm of 0": (
+        Fault(weighted, clip=lambda gradient: gradient * gradient[:1].std()),
+        "single_sample_variance",
+    ),
+    "a variance below 0 is no divergence": (
+        Fault(
+            drifting,
+            optimizer=torch.optim.RMSprop,
+            options={"lr": 1e-4, "alpha": 0.5, "centered": True},
+            steps=60,
+        ),
+        "outside_domain",
+    ),
+}
+
+
 @pytest.mark.parametrize("name", NEIGHBOURS)
 def test_a_rule_leaves_its_neighbours_faults_alone(name: str, tmp_path: Path) -> None:
     fault, rule = NEIGHBOURS[name]
@@ -322,7 +401,7 @@ def test_names_are_unique_and_every_rule_says_what_it_means_and_what_to_do() -> 
     ("name", "fact"),
     [
         ("narrow_overflow", "Its largest magnitude would have been 81000; float16 ends at 65504."),
-        ("division_by_zero", "1 of the denominators were 0."),
+        ("division_by_zero", "1 of the denominators was 0."),
         ("lr_not_finite", "lr = nan."),
         ("optimizer_eps", "Adam has eps = 0."),
         ("update_overflow", "SGD with lr = 1e+38"),
