@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -17,27 +18,37 @@ class Norms:
     Attributes:
         names: of the tensors.
         pending: 0-d tensors that `finish` waits for.
+        values: the norms, in the order of `names`, once they are here.
+        whole: the L2 norm of all together; nan where there are none.
     """
 
     def __init__(self, names: Sequence[str] = (), norms: Sequence[Tensor] = ()) -> None:
         self.names, self.pending = names, norms
-        self._values: Sequence[float] = ()
+        self.values: Sequence[float] = ()
+        self.whole = math.nan
 
-    def finish(self, received: Iterator[float]) -> Mapping[str, float]:
-        """The norms by name; takes those it waits for from the front of `received`."""
+    def finish(self, received: Iterator[float]) -> None:
+        """Take those it waits for from the front of `received`."""
         if self.pending:
-            self._values, self.pending = [next(received) for _ in self.pending], ()
-        return dict(zip(self.names, self._values, strict=True))
+            self.values, self.pending = list(islice(received, len(self.pending))), ()
+            self.whole = combine(self.values)
 
     def read(self) -> Mapping[str, float]:
         """The norms by name, brought over on their own."""
-        return self.finish(iter(transfer(self.pending)))
+        self.finish(iter(transfer(self.pending)))
+        return dict(zip(self.names, self.values, strict=True))
+
+    def bad(self) -> Mapping[str, float]:
+        """Those that are NaN or Inf, by name."""
+        if not self.values or math.isfinite(self.whole):
+            return {}
+        return {name: norm for name, norm in zip(self.names, self.values, strict=True) if not math.isfinite(norm)}
 
     def known_bad(self) -> bool:
         """Whether one is known to be NaN or Inf without a transfer: those on the host are read now."""
-        if self.pending and all(norm.is_cpu for norm in self.pending):
-            self._values, self.pending = transfer(self.pending), ()
-        return not math.isfinite(math.hypot(*self._values))
+        if all(norm.is_cpu for norm in self.pending):
+            self.finish(iter(transfer(self.pending)))
+        return bool(self.bad())
 
 
 def tensor_norms(tensors: Iterable[Tensor]) -> list[Tensor]:

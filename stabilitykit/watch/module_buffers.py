@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ class ModuleBuffers:
         self._model = model
         self._persistent = set(model.state_dict(keep_vars=True))
         self.refresh()
-        first = self.norms().read()
-        self._known_bad = {name for name, norm in first.items() if not math.isfinite(norm)}
+        first = {name: norm for name, norm in self.norms().read().items() if not math.isfinite(norm)}
+        self._known_bad = set(first)
         self._inf_at_first = {name for name, norm in first.items() if math.isinf(norm)}  # such a one may be reset
 
     def refresh(self) -> None:
@@ -39,13 +39,14 @@ class ModuleBuffers:
         live = self._live()
         return Norms(list(live), tensor_norms(live.values()))
 
-    def newly_bad(self, norms: Mapping[str, float]) -> list[str]:
+    def newly_bad(self, norms: Norms) -> list[str]:
         """Those that have become non-finite: one that was so from the start is meant to be so."""
-        suspects = {name for name, norm in norms.items() if not math.isfinite(norm)} & self._persistent
+        found = norms.bad()
+        suspects = found.keys() & self._persistent
         live = self._live() if suspects else {}
         bad = {name for name in suspects if not is_finite(live[name])}
         self._known_bad &= bad
-        reset = {name for name in bad & self._inf_at_first if not math.isnan(norms[name])}
+        reset = {name for name in bad & self._inf_at_first if not math.isnan(found[name])}
         return sorted(bad - self._known_bad - reset)
 
     def accept(self, names: Collection[str]) -> None:

@@ -13,7 +13,7 @@ from torch._C import _len_torch_dispatch_stack
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from stabilitykit.measure.norms import combine, transfer
+from stabilitykit.measure.norms import Norms, transfer
 from stabilitykit.measure.values import is_finite
 from stabilitykit.watch.gradients import GradientTracker
 from stabilitykit.watch.module_buffers import ModuleBuffers
@@ -82,13 +82,19 @@ class Sentinel:
 
     def read(self, losses: Mapping[str, Tensor | float], excused: Collection[str] = ()) -> Reading:
         """Judge the step that has just ended; losses that are `excused` may be anything."""
-        norms = (self.gradients.before, self.gradients.clipped, self._norms.measure(), self._buffers.norms())
+        before, clipped, after, buffers = norms = (
+            self.gradients.before,
+            self.gradients.clipped,
+            self._norms.measure(),
+            self._buffers.norms(),
+        )
         on_device = {name: entry.detach() for name, entry in losses.items() if isinstance(entry, Tensor)}
         waiting = [scalar for group in norms for scalar in group.pending]
         found_inf = [entry for _, entry in self._stepping if entry is not None]
         received = iter(transfer([*waiting, *on_device.values(), *found_inf]))
-        before, clipped, after, buffers = (group.finish(received) for group in norms)
-        self._norms.step_ended(after.values())
+        for group in norms:
+            group.finish(received)
+        self._norms.step_ended(after.values)
         brought = {name: next(received) for name in on_device}
         seen = {name: brought[name] if name in brought else float(entry) for name, entry in losses.items()}
         stepping = [optimizer for optimizer, found in self._stepping if found is None or next(received) == 0]
@@ -97,19 +103,19 @@ class Sentinel:
         bad_clipped = self._confirmed_gradients(clipped, still_there=True)
         return Reading(
             losses=seen,
-            grad_norm=combine(before.values()) if before else math.nan,
-            grad_norm_clipped=combine((clipped or before).values()) if before else math.nan,
-            parameter_norm=combine(after.values()) if after else math.nan,
+            grad_norm=before.whole,
+            grad_norm_clipped=(clipped if before.values and clipped.values else before).whole,
+            parameter_norm=after.whole,
             num_backwards=self.gradients.num_backwards,
             stepped=bool(stepping),
             changed_gradients=changed,
-            bad_losses=[name for name in _bad(seen) if name not in excused],
+            bad_losses=[name for name, value in seen.items() if not math.isfinite(value) and name not in excused],
             bad_gradients=bad_gradients,
             bad_clipped=bad_clipped,
             bad_used=self._held_by(stepping, bad_clipped if changed else bad_gradients),
             bad_parameters=self._newly_bad_parameters(after),
             bad_buffers=self._buffers.newly_bad(buffers),
-            gradient_norms=tuple(before.values()),
+            gradient_norms=before.values,
         )
 
     def touched(self) -> bool:
@@ -133,12 +139,12 @@ class Sentinel:
         self._buffers.accept(reading.bad_buffers)
         self._unused_bad.update(reading.bad_parameters)
 
-    def _confirmed_gradients(self, norms: Mapping[str, float], *, still_there: bool) -> Sequence[str]:
+    def _confirmed_gradients(self, norms: Norms, *, still_there: bool) -> Sequence[str]:
         """Gradients whose norm is bad, less those where only the norm overflowed, if they are still there to tell."""
         live = self._parameters if still_there else {}
         return [
             name
-            for name in _bad(norms)
+            for name in norms.bad()
             if name not in live or (gradient := live[name].grad) is None or not is_finite(gradient)
         ]
 
@@ -149,8 +155,8 @@ class Sentinel:
         held = {id(entry) for optimizer in optimizers for group in optimizer.param_groups for entry in group["params"]}
         return [name for name in names if id(self._parameters[name]) in held]
 
-    def _newly_bad_parameters(self, norms: Mapping[str, float]) -> Sequence[str]:
-        bad = [name for name in _bad(norms) if not is_finite(self._parameters[name])]
+    def _newly_bad_parameters(self, norms: Norms) -> Sequence[str]:
+        bad = [name for name in norms.bad() if not is_finite(self._parameters[name])]
         self._unused_bad &= set(bad)
         return [name for name in bad if name not in self._unused_bad]
 
@@ -174,9 +180,3 @@ class Sentinel:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_update(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         self._unseen(lambda: self._after_optimizer(optimizer))
-
-
-def _bad(norms: Mapping[str, float]) -> Sequence[str]:
-    if math.isfinite(math.hypot(*norms.values())):
-        return ()
-    return [name for name, norm in norms.items() if not math.isfinite(norm)]
