@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +12,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stabilitykit.diagnose.arguments import Call
+from stabilitykit.diagnose.forwards import Forward, Forwards
 from stabilitykit.diagnose.graph import Edge, Operation, Source, Symptom, Trace
 from stabilitykit.diagnose.labels import Labels, storage_key
 from stabilitykit.diagnose.numbers import Numbers
 from stabilitykit.diagnose.raised import Look, looked_at
-from stabilitykit.diagnose.site import ENGINE, NOWHERE, Caller, Site, find_caller, user_lines
+from stabilitykit.diagnose.site import ENGINE, NOWHERE, Caller, find_caller, user_lines
 from stabilitykit.diagnose.storages import Storages, has_nan
 from stabilitykit.measure.summary import bad_rows, summarise
 from stabilitykit.measure.values import is_finite
@@ -25,15 +25,6 @@ from stabilitykit.schema import Phase
 
 LARGE = 65_536  # numbers of a tensor that is described in full only where it may be an origin
 CHECK_DISTANCE = 4  # operations from `isnan(x)` through `any` and `not` to the number that Python reads
-
-
-@dataclass(frozen=True, slots=True)
-class _Forward:
-    """What a backward node differentiates."""
-
-    op: str
-    module: str
-    site: Site
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -53,7 +44,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._parameters = parameters
         self._storages = Storages(labels)
         self._numbers = Numbers()
-        self._forwards: dict[int, _Forward] = {}
+        self._forwards = Forwards()
         self._stack: list[tuple[str | None, int]] = []  # a module's name, and the next autograd node's number by then
         self._updating = self._after_backward = False
         self._failed: tuple[int, Source | None] = (-1, None)  # index of an operation, and what was bad in it
@@ -259,15 +250,18 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._storages.wrote(tensor, operation, gradient=False)
 
     def _remember_forward(self, call: Call) -> None:
-        """Note what the newest autograd node differentiates: nodes are numbered just before their kernel is dispatched.
+        """Note what the nodes that autograd has just made differentiate.
 
-        Inside a custom Function's forward, where gradients are off, the newest node is the Function's own.
+        Inside a custom Function's forward, where gradients are off, the newest node is the Function's own.  A node that
+        another's derivative makes, to be differentiated once more, belongs to what that one differentiates.
         """
-        if self._updating or not (call.differentiable or not torch.is_grad_enabled()):
-            return
-        sequence = torch._C._autograd._get_sequence_nr() - 1
-        if sequence not in self._forwards:
-            self._forwards[sequence] = _Forward(call.name, self._module(sequence), find_caller().site)
+
+        def forward(node: int) -> Forward:
+            caller = find_caller()
+            derived = self._forwards.running() if not caller.in_backward_code else None
+            return derived or Forward(call.name, self._module(node), caller.site)
+
+        self._forwards.claim(forward)
 
     def _operation(
         self,
@@ -284,7 +278,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         caller = find_caller()
         phase = self._phase(call, caller, derived)
         node = torch._C._current_autograd_node() if phase == "backward" else None
-        forward = self._forwards.get(node._sequence_nr()) if node is not None else None
+        forward = self._forwards.running() if node is not None else None
         own_line = phase != "backward" or caller.in_backward_code
         site = caller.site if own_line else forward.site if forward else NOWHERE
         operation = Operation(
@@ -327,7 +321,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inner = next((name for name, entered in reversed(self._stack) if name is not None and entered <= node), "")
         if inner or torch._C._current_graph_task_id() == -1:
             return inner
-        forward = self._forwards.get(torch._C._current_autograd_node()._sequence_nr())
+        forward = self._forwards.running()
         return forward.module if forward is not None else ""
 
     def _written(self, bad: Sequence[Tensor]) -> tuple[str, str]:
