@@ -140,6 +140,11 @@ class Call:
             if floats:
                 yield Group(positions, floats)
 
+    def integers(self, result: Any) -> list[Tensor]:
+        """Integer tensors that the call has written or returned."""
+        written = (*self.overwritten, *(tensor for _, tensor in _tensors(result)))
+        return [tensor for tensor in written if is_integer(tensor)]
+
     def evidence(self, positions: Sequence[int], kept: Mapping[int, Tensor]) -> tuple[TensorSummary, ...]:
         """What the call was given: tensors summarised, numbers as they are."""
         tensors = [
@@ -227,6 +232,11 @@ def _tensors(value: Any) -> Iterator[tuple[int | None, Tensor]]:
 
 def _is_float(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def is_integer(tensor: Tensor) -> bool:
+    """Whether a tensor holds integers, which booleans are not."""
+    return not (_is_float(tensor) or tensor.dtype == torch.bool)
 
 
 @lru_cache(maxsize=4096)

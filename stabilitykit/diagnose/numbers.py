@@ -74,9 +74,10 @@ def watching_exports(exported: Callable[[Tensor], None]) -> Iterator[None]:
     def watched(method: Any) -> Any:
         @functools.wraps(method)
         def export(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            handed = method(tensor, *args, **kwargs)
             if threading.get_ident() == thread:
                 exported(tensor)
-            return method(tensor, *args, **kwargs)
+            return handed
 
         return export
 

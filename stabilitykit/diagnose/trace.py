@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stabilitykit.diagnose.arguments import Call
 from stabilitykit.diagnose.forwards import Forward, Forwards
 from stabilitykit.diagnose.graph import Edge, Operation, Source, Symptom, Trace
+from stabilitykit.diagnose.integers import Integers
 from stabilitykit.diagnose.labels import Labels, storage_key
 from stabilitykit.diagnose.numbers import Numbers
 from stabilitykit.diagnose.raised import Look, looked_at
@@ -44,6 +45,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._parameters = parameters
         self._storages = Storages(labels)
         self._numbers = Numbers()
+        self._integers = Integers()
         self._forwards = Forwards()
         self._stack: list[tuple[str | None, int]] = []  # a module's name, and the next autograd node's number by then
         self._updating = self._after_backward = False
@@ -165,6 +167,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 for source, nan in self._storages.sources(tensor):
                     self.hand_out(source, nan=nan)
                     self._looks.append(Look(source, user_lines()))
+                    self._checked, self._read = (self.num_operations, source), self.num_operations
 
     def result(self) -> Trace:
         """What has been gathered so far."""
@@ -187,7 +190,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         try:
             result = func(*args, **kwargs)
         except Exception:
-            self._failed = self.num_operations, next((edge.source for found in edges for edge in found), None)
+            given = next((edge.source for found in edges for edge in found), None)
+            self._failed = self.num_operations, given or self._integers.behind(call)
             raise
         if call.name == "lift_fresh":
             self._lifted(call, result)
@@ -211,7 +215,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             operation = self._operation(call, found, bad, group.inputs, kept, derived) if bad else None
             for tensor in group.written:
                 self._storages.wrote(tensor, None if is_finite(tensor) else operation, gradient=derived)
-        if call.is_check and (source := next((edge.source for found in edges for edge in found), None)):
+        source = next((edge.source for found in edges for edge in found), None)
+        self._integers.follow(call, result, source)
+        if call.is_check and source is not None:
             self._checked = self.num_operations, source
         if call.is_read:
             self._read = self.num_operations

@@ -24,7 +24,7 @@ from stabilitykit.watch.reading import Reading
 
 # What is raised for no number's sake: a missing key, a wrong type, a file, the end of an iterator.
 _UNRELATED = (
-    AttributeError, EOFError, ImportError, LookupError, MemoryError, NameError, OSError, StopIteration, TypeError,
+    AttributeError, EOFError, ImportError, KeyError, MemoryError, NameError, OSError, StopIteration, TypeError,
 )  # fmt: skip
 
 
