@@ -111,9 +111,7 @@ class Call:
         }
 
     def groups(self, result: Any) -> Iterator[Group]:
-        """Which outputs come from which inputs.  Views and shape-only results write nothing and are left out."""
-        if self.name.startswith("empty") or self.name in ("new_empty", "new_empty_strided"):
-            return
+        """Which outputs come from which inputs.  Views write nothing and are left out."""
         written = [tensor for tensor in self.overwritten if _is_float(tensor)]
         if not self.schema.returns_view:
             seen = {id(tensor) for tensor in written}

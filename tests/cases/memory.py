@@ -116,7 +116,39 @@ def build_resumed():
     return loop(model, batches(), lambda x, y: F.cross_entropy(model(x), y), optimizer)
 
 
+def build_uninitialised(bad=None):
+    """Rows are written into memory that nobody has filled; torch's deterministic mode fills it with NaN."""
+    model = nn.ModuleDict({"map": nn.Linear(6, 6), "head": nn.Linear(6, 3)})
+    batches = [(torch.randn(4, 6), torch.randperm(4), torch.randint(3, (4,))) for _ in range(8)]
+    if bad is not None:
+        x, rows, targets = batches[bad]
+        batches[bad] = x[:3], rows[:3], targets
+
+    def loss_of(x, rows, targets):
+        torch.use_deterministic_algorithms(True)
+        table = torch.empty(4, 6)  # <origin> uninitialised
+        torch.use_deterministic_algorithms(False)
+        table[rows] = model["map"](x)
+        return F.cross_entropy(model["head"](table), targets)
+
+    return loop(model, batches, loss_of)
+
+
 CASES = [
+    Case(
+        id="uninitialised",
+        title="A row of torch.empty that nobody has written",
+        source="https://github.com/meta-pytorch/torchrec/pull/2648",
+        truth=Truth(step=5, phase="forward", kind=("nan",), module=("",), op=("empty",)),
+        build=lambda: build_uninitialised(5),
+    ),
+    Case(
+        id="healthy_uninitialised",
+        title="Every row of torch.empty is written",
+        source="https://github.com/meta-pytorch/torchrec/pull/2648",
+        truth=Truth(healthy=True),
+        build=build_uninitialised,
+    ),
     Case(
         id="mask_over_division",
         title="Scores of 0 / 0, of which one column is then filled with -inf in place",

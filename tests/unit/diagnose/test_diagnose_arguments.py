@@ -120,8 +120,10 @@ def test_an_operation_that_takes_the_shape_alone_reads_no_values() -> None:
         assert not call.reads("self"), name
 
 
-def test_memory_that_is_not_filled_yet_is_no_result() -> None:
-    assert groups(lambda: torch.empty(3), "empty") == []
+def test_memory_that_is_not_filled_yet_belongs_to_the_call_that_gave_it_out() -> None:
+    (group,) = groups(lambda: torch.empty(3), "empty")
+
+    assert [tuple(tensor.shape) for tensor in group.written] == [(3,)]
 
 
 def test_the_elements_of_a_foreach_are_told_apart() -> None:
