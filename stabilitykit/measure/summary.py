@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from stabilitykit.measure.values import shape_of, values
+from stabilitykit.measure.values import numbers, shape_of, values
 from stabilitykit.schema import TensorSummary
 
 
@@ -16,11 +16,11 @@ def summarise(tensor: Tensor, name: str, *, brief: bool = False) -> TensorSummar
     """Counts of NaN, Inf and zeros, and range and mean of the finite values, in float64.
 
     Args:
-        tensor: any kind, any dtype; one that `values` cannot read gives name, dtype and shape alone.
+        tensor: any kind, any dtype; one that nothing can be read of gives name, dtype and shape alone.
         name: how the verdict calls it.
         brief: count what is not finite, and leave it at that.
     """
-    plain = values(tensor)
+    plain = numbers(tensor)
     dtype = str(tensor.dtype).removeprefix("torch.")
     head = TensorSummary(name=name, dtype=dtype, shape=shape_of(tensor), numel=tensor.numel())
     if plain is None or plain.numel() == 0:

@@ -44,6 +44,14 @@ def values(tensor: Tensor) -> Tensor | None:
         return None
 
 
+def numbers(tensor: Tensor) -> Tensor | None:
+    """What `values` gives, and integers as they are: they cannot be non-finite, but a divisor may be 0."""
+    integers = not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized)
+    if integers and tensor.dtype != torch.bool and tensor.layout is torch.strided and _has_values(tensor):
+        return tensor.detach() if not tensor.is_nested else None
+    return values(tensor)
+
+
 def ordinary(tensor: Tensor) -> bool:
     """Whether kernels take the tensor as it is: no subclass, dense, real, of an ordinary floating dtype."""
     return (

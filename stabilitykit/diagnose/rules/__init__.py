@@ -20,7 +20,7 @@ def explain(evidence: Evidence) -> tuple[str, str, tuple[str, ...]]:
         if rule.applies(evidence):
             return rule.name, rule.cause(evidence), rule.advise(evidence)
     given = "; ".join(entry.describe() for entry in evidence.inputs.values())
-    return "unknown", f"No known family. The operation's inputs were finite: {given or 'none were tensors'}.", ()
+    return "unknown", f"No known family. The operation was given: {given or 'no tensors'}.", ()
 
 
 __all__ = ["RULES", "Evidence", "Rule", "explain"]

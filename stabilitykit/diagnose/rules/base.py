@@ -72,10 +72,17 @@ class Evidence:
             entry.name: float(entry.value) for entry in (self.operation.inputs if self.operation else ()) if entry.value
         }
 
+    @cached_property
+    def largest(self) -> float:
+        """The largest finite magnitude among the origin's inputs."""
+        bounds = (abs(bound) for entry in self.inputs.values() for bound in (entry.min, entry.max))
+        return max((bound for bound in bounds if bound == bound), default=0.0)
+
     @property
     def narrow(self) -> bool:
-        """Whether the origin's output lives in float16 or bfloat16."""
-        return self.operation is not None and self.operation.output.dtype in ("float16", "bfloat16")
+        """Whether the origin's output lives in float16, bfloat16 or a float8."""
+        narrow = ("float16", "bfloat16", "float8")
+        return self.operation is not None and self.operation.output.dtype.startswith(narrow)
 
 
 class Rule(ABC):

@@ -50,8 +50,9 @@ class Overshoot(Rule):
         if not overflowed(evidence) or len(evidence.run_up) < 2:
             return False
         before, last = evidence.run_up[-2:]
-        thrown = last.parameter_norm >= SUDDEN * before.parameter_norm > 0
-        return thrown or abs(last.loss) >= SUDDEN * abs(before.loss) > 0
+        thrown = math.inf > last.parameter_norm >= SUDDEN * before.parameter_norm > 0
+        usual = max(abs(step.loss) for step in evidence.run_up[:-1])  # one loss alone may be close to 0
+        return thrown or abs(last.loss) >= SUDDEN * usual > 0
 
     def facts(self, evidence: Evidence) -> str:
         before, last = evidence.run_up[-2:]

@@ -13,9 +13,9 @@ def _zeros(evidence: Evidence, *names: str) -> int:
 
 
 class MaskedTooLate(Rule):
-    """The mask came too late: the loss never saw the value, but backward did.  What torch.where, masked_fill, a clamp,
-    a minimum or a saturated function leaves out gets the gradient 0, and 0 times the infinite derivative (or value) of
-    what was left out is NaN.
+    """The loss never saw the value, but backward did.  A result that does not count gets the gradient 0 (torch.where,
+    masked_fill or a clamp discards it: a mask that came too late; a minimum does not pick it, a factor is 0, what
+    follows is flat), and 0 times the infinite derivative (or value) of what was discarded is NaN.
     """
 
     name = "where_trap"
@@ -28,14 +28,24 @@ class MaskedTooLate(Rule):
         if not evidence.loss_was_finite or not evidence.finding.symptom.role.startswith("gradient"):
             return False
         if evidence.phase == "forward":  # an Inf that never reached the loss
-            return evidence.op != "to_copy"  # a cast has no derivative of its own: see NarrowOverflow
-        spread = evidence.finding.path[1:3]  # the derivative is Inf, and its product with the gradient 0 is NaN
-        met_zero = evidence.kind == "nan" or any(link.output.nan and not _any_nan(link) for link in spread)
-        return evidence.phase == "backward" and met_zero and _same_node(evidence)
+            turned = next((link for link in evidence.finding.path if link.output.nan), None)
+            return turned is not None and _met_zero(turned) and evidence.op != "to_copy"
+        if evidence.phase != "backward" or not _same_node(evidence):
+            return False
+        spread = evidence.finding.path[:3]  # the derivative is Inf, and its product with the gradient 0 is NaN
+        return any(link.output.nan and not _any_nan(link) and _met_zero(link) for link in spread)
 
 
 def _any_nan(operation: Operation) -> bool:
     return any(edge.nan for edge in operation.edges)
+
+
+def _met_zero(operation: Operation) -> bool:
+    """Whether an operation divided 0 by 0, or took an Inf together with a 0."""
+    if not operation.edges:
+        return operation.kernel == "div" and all(entry.zeros for entry in operation.inputs if not entry.value)
+    infinite = {edge.argument for edge in operation.edges}
+    return any(entry.zeros for entry in operation.inputs if entry.name not in infinite)
 
 
 def _same_node(evidence: Evidence) -> bool:
@@ -61,10 +71,15 @@ class LogOfZero(Rule):
         return evidence.computed and evidence.op in ("log", "log2", "log10", "log1p", "xlogy")
 
     def facts(self, evidence: Evidence) -> str:
-        given = evidence.inputs.get("self")
-        if given is None:
+        given = evidence.inputs.get("other" if evidence.op == "xlogy" else "self")
+        if given is None or given.dtype.startswith("complex"):
             return ""
-        return f"The argument ranges from {given.min:.4g} to {given.max:.4g}, {given.zeros:,} of it exactly 0."
+        span = f"The argument ranges from {given.min:.4g} to {given.max:.4g}"
+        return (
+            f"{span}, and log1p is -Inf at -1."
+            if evidence.op == "log1p"
+            else f"{span}, {given.zeros:,} of it exactly 0."
+        )
 
 
 class DivisionByZero(Rule):
@@ -83,15 +98,18 @@ class DivisionByZero(Rule):
         divides = evidence.op in ("div", "true_divide", "remainder", "fmod")
         by_zero = divides and (_zeros(evidence, "other") > 0 or evidence.numbers.get("other") == 0)
         of_zero = evidence.op in ("reciprocal", "rsqrt") and _zeros(evidence, "self") > 0
-        other = evidence.inputs.get("other")  # integers are not counted; no other of them makes a quotient infinite
-        by_integer = divides and other is not None and "int" in other.dtype
         zero_by_zero = divides and evidence.kind == "nan" and evidence.computed  # of finite numbers there is no other
-        derivative = evidence.op == "div" and evidence.phase == "backward"
-        return by_zero or of_zero or by_integer or zero_by_zero or derivative
+        derivative = evidence.op == "div" and evidence.phase == "backward" and evidence.kind == "nan"
+        return by_zero or of_zero or zero_by_zero or derivative
 
     def facts(self, evidence: Evidence) -> str:
-        count = _zeros(evidence, "other") or _zeros(evidence, "self")
+        count = _zeros(evidence, "other" if "other" in evidence.inputs else "self")
         return f"{count:,} of the denominators {'was' if count == 1 else 'were'} 0." if count else ""
+
+    def advise(self, evidence: Evidence) -> tuple[str, ...]:
+        if evidence.operation is None or evidence.operation.output.dtype != "float16":
+            return self.remedies
+        return ("an epsilon of 1e-8 is 0 in float16: divide in float32, (a.float() / b.float()), or use 1e-4",)
 
 
 class GradientNormalisedByZero(Rule):
@@ -111,15 +129,15 @@ class GradientNormalisedByZero(Rule):
 
 class DerivativeAtEdge(Rule):
     """The function is finite here but its derivative is not: sqrt, norm and fractional powers at 0, acos and asin at
-    +-1, atanh at its ends.  Zero times that Inf is NaN, so masking the result afterwards, with torch.where say, does
-    not help.
+    +-1, acosh at 1, the angle of a complex number close to 0.  Zero times that Inf is NaN, so masking the result
+    afterwards, with torch.where say, does not help.
     """
 
     name = "derivative_at_edge"
 
     _EDGE = (
         "hypot", "sqrt", "rsqrt", "pow", "acos", "asin", "acosh", "atanh", "linalg_vector_norm", "norm", "cdist", "std",
-        "var", "xlogy", "log", "div", "cdist_forward", "linalg_matrix_norm",
+        "var", "xlogy", "log", "cdist_forward", "linalg_matrix_norm", "angle", "atan2",
     )  # fmt: skip
 
     def applies(self, evidence: Evidence) -> bool:
@@ -134,7 +152,6 @@ class DerivativeAtEdge(Rule):
             "asin": "torch.asin(x.clamp(-1 + 1e-7, 1 - 1e-7))",
             "atanh": "torch.atanh(x.clamp(-1 + 1e-7, 1 - 1e-7))",
             "std": "torch.sqrt(x.var(dim, correction=0) + 1e-8)",
-            "div": "a / b.clamp_min(1e-8)",
             "log": "x.clamp_min(1e-12).log()",
             "acosh": "torch.acosh(x.clamp_min(1 + 1e-7))",
             "linalg_vector_norm": "torch.sqrt(x.pow(2).sum(dim) + 1e-12)",
@@ -164,7 +181,9 @@ class FullyMaskedSoftmax(Rule):
 
 
 class EmptyReduction(Rule):
-    """A mean over nothing is 0 / 0: every target was ignore_index, or a mask selected no element."""
+    """A mean over nothing is 0 / 0: every target was ignore_index, or of a class whose weight is 0, or a mask selected
+    no element.
+    """
 
     name = "empty_reduction"
     remedies = (
@@ -236,6 +255,41 @@ class InfinityArithmetic(Rule):
         return evidence.operation is not None and evidence.kind == "nan" and infinite
 
 
+class PlacedInfinity(Rule):
+    """An Inf that was placed on purpose (a mask's fill, a start value, a constant in a module buffer) got through: a
+    maximum or minimum had nothing else to choose from, or arithmetic turned its sign.
+    """
+
+    name = "placed_infinity"
+    remedies = (
+        "leave out what holds nothing else before it is used: torch.where(x.isfinite(), x, 0.0)",
+        "place a large finite number: torch.finfo(x.dtype).min for -Inf, torch.finfo(x.dtype).max for Inf",
+    )
+
+    def applies(self, evidence: Evidence) -> bool:
+        return evidence.kind == "inf" and evidence.operation is not None and bool(evidence.operation.edges)
+
+
+class SingularMatrix(Rule):
+    """A matrix was singular, or close to it: a pivot or a diagonal entry of a triangular factor was 0, and to solve or
+    to invert divides by it.
+    """
+
+    name = "singular_matrix"
+    remedies = (
+        "add a jitter to the diagonal: a + 1e-6 * torch.eye(n)",
+        "look at the info that an _ex function returns; torch.linalg.inv, solve and cholesky raise instead",
+    )
+
+    _SOLVING = (
+        "linalg_inv", "linalg_solve", "triangular_solve", "cholesky", "linalg_cholesky", "linalg_qr", "linalg_lu",
+        "linalg_slogdet", "linalg_det", "lu_", "logdet",
+    )  # fmt: skip
+
+    def applies(self, evidence: Evidence) -> bool:
+        return evidence.phase in ("forward", "backward") and evidence.op.startswith(self._SOLVING)
+
+
 class ImpossibleTarget(Rule):
     """The CTC loss of a target that is longer than its input, repeats included, is infinite: no alignment exists."""
 
@@ -259,7 +313,8 @@ class NormalisedConstant(Rule):
 
     def applies(self, evidence: Evidence) -> bool:
         names = ("native_layer_norm", "native_batch_norm", "native_group_norm", "cudnn_batch_norm", "rms_norm")
-        return evidence.op in names and evidence.kind == "nan" and evidence.phase in ("forward", "backward")
+        constant = evidence.kind == "nan" and evidence.largest < 1e9  # beyond, its square may not fit
+        return evidence.op in names and constant and evidence.phase in ("forward", "backward")
 
 
 class EqualEigenvalues(Rule):
@@ -278,6 +333,8 @@ class EqualEigenvalues(Rule):
 RULES = (
     FullyMaskedSoftmax(),
     InfinityArithmetic(),
+    PlacedInfinity(),
+    SingularMatrix(),
     ImpossibleTarget(),
     NormalisedConstant(),
     EqualEigenvalues(),

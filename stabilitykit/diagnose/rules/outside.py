@@ -7,7 +7,8 @@ from stabilitykit.diagnose.rules.base import Evidence, Rule
 
 class KeptTensor(Rule):
     """A tensor that is no parameter, no module's buffer and no entry of the batch held the value when the step first
-    used it: the script keeps it from step to step (a target, a statistic, an importance, a memory).
+    used it: the script keeps it from step to step (a target, a statistic, an importance, a memory), or another thread
+    has computed it.
     """
 
     name = "kept_tensor"
@@ -21,6 +22,19 @@ class KeptTensor(Rule):
 
     def facts(self, evidence: Evidence) -> str:
         return f"{evidence.leaf.summary.describe()}." if evidence.leaf else ""
+
+
+class UninitialisedMemory(Rule):
+    """Memory that torch.empty gave out was used before anything was written to it: it holds whatever was there."""
+
+    name = "uninitialised_memory"
+    remedies = (
+        "start from values: torch.zeros(...), or torch.full(...) with what an unwritten entry shall be",
+        "find what is left unwritten: an index that misses rows, a loop that ends early",
+    )
+
+    def applies(self, evidence: Evidence) -> bool:
+        return evidence.op.startswith(("empty", "new_empty"))
 
 
 class BadSample(Rule):
@@ -117,10 +131,23 @@ class NumberNotFinite(Rule):
 
     def applies(self, evidence: Evidence) -> bool:
         made = evidence.operation
-        return made is not None and bool(made.scalar) and not made.edges and evidence.phase != "optimizer"
+        if made is None or not made.scalar or made.edges or evidence.phase == "optimizer":
+            return False
+        return evidence.kind == "inf" or made.scalar.endswith(
+            "nan"
+        )  # 0 * Inf is another matter: see InfinityArithmetic
 
     def facts(self, evidence: Evidence) -> str:
         return f"{evidence.op} was given {evidence.operation.scalar}." if evidence.operation else ""
 
 
-RULES = (NumberNotFinite(), MadeInPython(), KeptTensor(), BadSample(), BadBufferEntry(), BadCheckpoint(), BadState())
+RULES = (
+    NumberNotFinite(),
+    MadeInPython(),
+    UninitialisedMemory(),
+    KeptTensor(),
+    BadSample(),
+    BadBufferEntry(),
+    BadCheckpoint(),
+    BadState(),
+)

@@ -54,7 +54,9 @@ def narrow_facts(evidence: Evidence) -> str:
 
 
 class ExpOverflow(Rule):
-    """An exponential overflowed: in float32 exp(x) is Inf from x = 88.7 on, in float16 from 11.1."""
+    """An exponential, or what grows like one (cosh, the Bessel function i0, a matrix's exponential), overflowed: in
+    float32 exp(x) is Inf from x = 88.7 on, in float16 from 11.1.
+    """
 
     name = "exp_overflow"
     remedies = (
@@ -64,11 +66,14 @@ class ExpOverflow(Rule):
     )
 
     def applies(self, evidence: Evidence) -> bool:
-        return evidence.op in ("exp", "exp2", "expm1", "sinh", "cosh", "logcumsumexp")
+        growing = ("exp", "exp2", "expm1", "sinh", "cosh", "logcumsumexp", "linalg_matrix_exp", "i0", "special_i1")
+        return evidence.op in growing
 
 
 class PlainOverflow(Rule):
-    """Finite inputs gave a result past the largest number of the dtype: huge values, or a tiny divisor."""
+    """Finite inputs gave a result past the largest number of the dtype: huge values, a high power or a product of many
+    factors, or a tiny divisor.
+    """
 
     name = "overflow"
     remedies = (
@@ -77,12 +82,15 @@ class PlainOverflow(Rule):
         "compare in a bounded form: F.smooth_l1_loss or F.huber_loss instead of a square",
     )
 
+    _GROWING = (
+        "pow", "prod", "cumprod", "cumsum", "sum", "mul", "addcmul", "mm", "bmm", "addmm", "baddbmm", "mv", "dot",
+        "convolution", "linalg_vector_norm",
+    )  # fmt: skip
+
     def applies(self, evidence: Evidence) -> bool:
-        largest = max(
-            (abs(bound) for e in evidence.inputs.values() for bound in (e.min, e.max) if bound == bound), default=0.0
-        )
-        tiny = evidence.op in ("div", "reciprocal") and evidence.kind == "inf"  # and no zero: see DivisionByZero
-        return evidence.phase in ("forward", "backward") and ((evidence.kind == "inf" and largest > 1e9) or tiny)
+        divided = evidence.op in ("div", "reciprocal")  # by no zero: see DivisionByZero
+        grown = evidence.kind == "inf" and (divided or evidence.op in self._GROWING)
+        return evidence.phase in ("forward", "backward") and (evidence.largest > 1e9 or grown)
 
 
 RULES = (LossScaleOverflow(), NarrowOverflow(), ExpOverflow(), PlainOverflow())

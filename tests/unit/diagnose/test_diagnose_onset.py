@@ -1,4 +1,4 @@
-"""When a divergence began."""
+"""When a divergence began, and whether the step before threw the run off."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from types import SimpleNamespace
 
 import pytest
 
-from stabilitykit.diagnose.rules.divergence import onset
+from stabilitykit.diagnose.rules.divergence import Overshoot, onset
 from stabilitykit.schema import RunUpStep
 
 
-def began(losses: list[float]) -> int | None:
+def run_up(losses: list[float], parameter_norm: float = 1.0) -> SimpleNamespace:
     steps = [
-        RunUpStep(step=i, loss=loss, grad_norm=1.0, parameter_norm=1.0, absmax=1.0, absmax_tensor="")
+        RunUpStep(step=i, loss=loss, grad_norm=1.0, parameter_norm=parameter_norm, absmax=1.0, absmax_tensor="")
         for i, loss in enumerate(losses)
     ]
-    return onset(SimpleNamespace(run_up=tuple(steps)))
+    return SimpleNamespace(run_up=tuple(steps), operation=object(), kind="inf", op="pow")
+
+
+def began(losses: list[float]) -> int | None:
+    return onset(run_up(losses))
 
 
 @pytest.mark.parametrize(
@@ -48,3 +52,15 @@ def test_it_is_where_the_last_rise_set_out(losses: list[float], start: int) -> N
 )
 def test_a_loss_that_did_not_grow_has_none(losses: list[float]) -> None:
     assert began(losses) is None
+
+
+def test_a_loss_far_above_all_before_is_an_overshoot() -> None:
+    assert Overshoot().applies(run_up([0.5, 0.4, 90.0]))
+
+
+def test_a_loss_that_changes_its_sign_and_was_close_to_0_is_no_overshoot() -> None:
+    assert not Overshoot().applies(run_up([0.5, -0.3, 1e-6, 0.4]))
+
+
+def test_parameters_that_hold_an_inf_on_purpose_were_not_thrown() -> None:
+    assert not Overshoot().applies(run_up([0.5, 0.4], parameter_norm=math.inf))

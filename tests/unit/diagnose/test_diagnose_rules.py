@@ -103,9 +103,38 @@ def unit_guarded(gradient: Tensor) -> Tensor:
     return gradient / gradient.norm().clamp_min(1e-6)
 
 
+def solved(model: Model, matrix: Tensor) -> Tensor:
+    return torch.linalg.solve_ex(matrix, model.weight)[0].sum()
+
+
+def unwritten(model: Model, x: Tensor, rows: int) -> Tensor:
+    """Memory as torch.empty gives it out, which deterministic mode fills with NaN; `rows` of it are written."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        table = torch.empty(4)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    table[:rows] = (model.weight * x)[:rows]
+    return table.sum()
+
+
 def logarithm(values: Tensor) -> Tensor:
     with np.errstate(invalid="ignore", divide="ignore"):
         return torch.from_numpy(np.log(values.numpy()))
+
+
+class Weighed(torch.autograd.Function):
+    """Its backward weighs the gradient with what forward was given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return gradient * weight, None
 
 
 # name of the rule: the fault it explains, and the same step with its advice taken
@@ -121,6 +150,10 @@ FAULTS: Mapping[str, tuple[Fault, Fault]] = {
     "made_in_python": (
         Fault(lambda m, x: weighted(m, logarithm(x - 10))),
         Fault(lambda m, x: weighted(m, logarithm((x - 10).clamp(min=1e-3)))),
+    ),
+    "uninitialised_memory": (
+        Fault(lambda m, x: unwritten(m, x, 3)),
+        Fault(lambda m, x: unwritten(m, x, 4)),
     ),
     "bad_sample": (
         Fault(weighted, batch=(1.0, math.nan, 2.0, 3.0)),
@@ -167,6 +200,14 @@ FAULTS: Mapping[str, tuple[Fault, Fault]] = {
     "inf_arithmetic": (
         Fault(lambda m, x: (m.weight * x * torch.full_like(x, math.inf)).sum()),
         Fault(lambda m, x: (m.weight * x).masked_fill(x > 1, -math.inf).exp().sum()),
+    ),
+    "placed_infinity": (
+        Fault(lambda m, x: (m.weight * x).masked_fill(x > -1, math.inf).amin()),
+        Fault(lambda m, x: (m.weight * x).masked_fill(x > 1, math.inf).amin()),
+    ),
+    "singular_matrix": (
+        Fault(lambda m, x: solved(m, torch.zeros(4, 4) * m.weight)),
+        Fault(lambda m, x: solved(m, torch.zeros(4, 4) * m.weight + torch.eye(4))),
     ),
     "impossible_target": (
         Fault(lambda m, x: alignment(m, x, zero_infinity=False)),
@@ -301,6 +342,30 @@ def test_an_optimizer_state_that_was_bad_when_the_step_began_is_explained_as_suc
 
 
 NEIGHBOURS: dict[str, tuple[Fault, str]] = {
+    "a mask times a number of -inf is arithmetic with an Inf": (
+        Fault(lambda m, x: (m.weight * (x > 1) * -math.inf).sum()),
+        "inf_arithmetic",
+    ),
+    "a derivative that is nan by itself was not masked": (
+        Fault(lambda m, x: torch.view_as_complex((m.weight * x).view(2, 2)).angle().sum(), batch=(1e-25,) * 4),
+        "derivative_at_edge",
+    ),
+    "a singular factor's derivative was not masked": (
+        Fault(lambda m, x: torch.linalg.cholesky_ex(torch.diag(m.weight * x))[0].diagonal()[:2].sum()),
+        "singular_matrix",
+    ),
+    "a weight of backward's own gradient was not masked": (
+        Fault(lambda m, x: Weighed.apply(m.weight, 1 / x).sum()),
+        "division_by_zero",
+    ),
+    "a layer norm whose variance overflows was not given a constant": (
+        Fault(lambda m, x: nn.functional.layer_norm(m.weight * x, (4,)).sum(), batch=(1e30, 1.0, 1.0, 1.0)),
+        "overflow",
+    ),
+    "a power of a moderate number can overflow": (
+        Fault(lambda m, x: (m.weight * x).pow(20).sum(), batch=(300.0, 1.0, 1.0, 1.0)),
+        "overflow",
+    ),
     "a square that overflows is not outside its domain": (FAULTS["overflow"][0], "overflow"),
     "a log that was masked fails in its derivative": (
         Fault(lambda m, x: torch.where(x > 0, (m.weight * x).log(), 0).sum()),

@@ -52,7 +52,14 @@ def test_what_cannot_be_read_is_described_by_dtype_and_shape(nothing_to_read: Te
 
     assert summary.numel == nothing_to_read.numel()
     assert str(summary.dtype) in str(nothing_to_read.dtype)
-    assert math.isnan(summary.min)
+    assert (summary.nan, summary.posinf, summary.neginf) == (0, 0, 0)
+
+
+def test_integers_are_counted_for_one_may_be_a_divisor_of_0() -> None:
+    summary = summarise(torch.tensor([3, 0, 5]), "x")
+
+    assert (summary.zeros, summary.min, summary.max) == (1, 0, 5)
+    assert math.isnan(summarise(torch.ones(3, device="meta", dtype=torch.int64), "x").min)
 
 
 def test_an_empty_tensor_is_described_by_its_shape(empty: Tensor) -> None:
