@@ -19,7 +19,7 @@ from stabilitykit.monitor.inquiry import Inquiry, Outcome, Ran
 from stabilitykit.monitor.ledger import Ledger, Rows
 from stabilitykit.monitor.run_up import RunUp
 from stabilitykit.monitor.skips import Skips
-from stabilitykit.monitor.unwrapped import is_compiled, only_compiled, symptoms
+from stabilitykit.monitor.unwrapped import is_compiled, not_repeated, only_compiled, symptoms
 from stabilitykit.monitor.watched import Watched
 from stabilitykit.schema import Diagnosis
 from stabilitykit.snapshot import Snapshot, TrainingState
@@ -75,11 +75,13 @@ class Faults:
         self._ledger, self._run_up = ledger, run_up
         self._constants = {n: b.detach().clone() for n, b in watched.model.named_buffers() if not is_finite(b)}
         self._skips = Skips(config.replays if scaled else 0)
-        self._num_faults = self._num_consecutive = self._num_looks = 0
+        self._num_faults = self._num_consecutive = self._num_looks = self._num_other_raises = 0
         self._pending: Diagnosis | None = None  # of gradients that no optimizer has used yet
 
     def suspects(self, ran: Ran) -> bool:
         """Whether a step has to be looked into; asked once a step."""
+        if ran.raised is not None and not ran.reading.suspicious:  # some loops raise to leave a step, in every one
+            return ran.may_be_numerical and self._num_other_raises < self._config.replays
         return ran.is_doubtful or (not self._num_faults and self._skips.odd(ran.reading))
 
     def look_into(self, ran: Ran, index: int) -> Act:
@@ -181,8 +183,9 @@ class Faults:
         self._state.restore(outcome.after)
         stored = bad_slots(self._watched.subject.replay_buffer)
         diagnosis = by_hooks(symptoms(self._watched.watch, ran.reading, stored), context)
-        compiled = outcome.failure is None and is_compiled(self._watched.model)
-        return only_compiled(diagnosis) if compiled else diagnosis
+        if outcome.failure is None and is_compiled(self._watched.model):
+            return only_compiled(diagnosis)
+        return not_repeated(diagnosis, outcome.failure)
 
     # From a diagnosis to the act.
 
@@ -190,6 +193,7 @@ class Faults:
         self._state.restore(outcome.after)
         self._history.forget()
         self._watched.watch.acquit(ran.reading, ran.returned)
+        self._num_other_raises += ran.raised is not None
         for event in wording.acquitted(ran.reading, scaled=self._scaled):
             self._ledger.event(event)
         return Act(skipped=ran.raised is not None)

@@ -62,3 +62,10 @@ def is_compiled(model: nn.Module) -> bool:
 def only_compiled(diagnosis: Diagnosis) -> Diagnosis:
     """The same, with the cause that the eager replay's silence points to."""
     return replace(diagnosis, rule="only_compiled", cause=f"{ONLY_COMPILED} {diagnosis.cause}")
+
+
+def not_repeated(diagnosis: Diagnosis, failure: Exception | None) -> Diagnosis:
+    """The same, with what would let the step be run again instead of the advice to wrap it."""
+    went = f"raised {type(failure).__name__}: {failure}" if failure is not None else "went otherwise"
+    advice = f"run again, the step {went}; name in attach(..., stateful=[...]) whatever else it changes and depends on"
+    return replace(diagnosis, remedies=(advice,))
