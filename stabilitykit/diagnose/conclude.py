@@ -37,6 +37,7 @@ class Context:
     hyperparameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by parameter name
     optimizer: str = ""
     loss_was_finite: bool = False
+    noticed_in: int | None = None  # the step, where it is not that of the origin
 
 
 def conclude(finding: Finding, context: Context) -> Diagnosis:
@@ -59,7 +60,7 @@ def conclude(finding: Finding, context: Context) -> Diagnosis:
     inputs = finding.origin.inputs if isinstance(finding.origin, Operation) else (finding.origin.summary,)
     return Diagnosis(
         origin=origin,
-        noticed=finding.symptom.text,
+        noticed=finding.symptom.text + ("" if context.noticed_in is None else f" of step {context.noticed_in:,}"),
         chain=_chain(finding.path),
         inputs=inputs,
         rule=rule,

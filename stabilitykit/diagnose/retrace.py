@@ -13,10 +13,11 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from stabilitykit.diagnose.backwards import watching_backward
 from stabilitykit.diagnose.graph import Trace
 from stabilitykit.diagnose.labels import Labels
 from stabilitykit.diagnose.numbers import bad_numbers, batch_leaf, watching_exports
-from stabilitykit.diagnose.trace import Tracer, watching_backward
+from stabilitykit.diagnose.trace import Tracer
 from stabilitykit.measure.values import is_finite
 from stabilitykit.snapshot import BUFFER_FIELDS, tensors_of
 
@@ -33,11 +34,27 @@ class Subject:
 
 @dataclass(frozen=True)
 class Retraced:
-    """What the traced run of the step gave."""
+    """What the traced run of the step gave; operations before `begins` are those of its lead."""
 
     trace: Trace
     returned: Any
     error: Exception | None
+    begins: int = 0
+
+
+@dataclass(frozen=True)
+class Lead:
+    """The step before, traced as well: what it made and the script kept can then be followed.
+
+    Attributes:
+        args, kwargs: of that step.
+        settle: given what it returned, puts all that is known as the next step found it; False where the lead did not
+            go as it had.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    settle: Callable[[Any], bool]
 
 
 def retrace(
@@ -47,21 +64,30 @@ def retrace(
     kwargs: Mapping[str, Any],
     *,
     unused_gradients: bool = False,
+    lead: Lead | None = None,
 ) -> Retraced:
     """Run `step(*args, **kwargs)` under the tracer and notice what it leaves non-finite.
 
     The caller has put the state back and puts it where it belongs afterwards.  Bad gradients of a step in which no
-    optimizer stepped (a scaler's skip) are no symptom, unless `unused_gradients` asks for them.
+    optimizer stepped (a scaler's skip) are no symptom, unless `unused_gradients` asks for them.  With a `lead`, that
+    step is run and traced first; the trace is empty where it went otherwise than the first time.
     """
     labels = _label(subject, args, kwargs)
     names = {id(module): name for name, module in subject.model.named_modules()}
     tracer = Tracer(labels, names, subject.parameters)
-    for path, tensor in bad_numbers((args, dict(kwargs))):
-        tracer.hand_out(batch_leaf(batch_name(path), tensor), nan=bool(tensor.isnan().any()))
-    finite_before = {name: is_finite(buffer) for name, buffer in subject.model.named_buffers()}
     returned, error = None, None
     updated: set[int] = set()
     with _plugged(tracer, updated), torch.compiler.set_stance("force_eager"):
+        if lead is not None:
+            with tracer:
+                returned = step(*lead.args, **lead.kwargs)
+            if not lead.settle(returned):
+                return Retraced(tracer.result(), returned, None)
+            updated.clear()
+        begins = tracer.begin_step()
+        for path, tensor in bad_numbers((args, dict(kwargs))):
+            tracer.hand_out(batch_leaf(batch_name(path), tensor), nan=bool(tensor.isnan().any()))
+        finite_before = {name: is_finite(buffer) for name, buffer in subject.model.named_buffers()}
         try:
             with tracer:
                 returned = step(*args, **kwargs)
@@ -69,7 +95,7 @@ def retrace(
             error = raised
     used = {n for n, p in subject.parameters.items() if unused_gradients or id(p) in updated}
     _notice_ends(tracer, subject, returned, error, used, finite_before)
-    return Retraced(tracer.result(), returned, error)
+    return Retraced(tracer.result(), returned, error, begins)
 
 
 def _label(subject: Subject, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Labels:

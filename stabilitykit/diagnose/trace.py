@@ -18,7 +18,7 @@ from stabilitykit.diagnose.integers import Integers
 from stabilitykit.diagnose.labels import Labels, storage_key
 from stabilitykit.diagnose.numbers import Numbers
 from stabilitykit.diagnose.raised import Look, looked_at
-from stabilitykit.diagnose.site import ENGINE, NOWHERE, Caller, find_caller, user_lines
+from stabilitykit.diagnose.site import NOWHERE, Caller, find_caller, user_lines
 from stabilitykit.diagnose.storages import Storages, has_nan
 from stabilitykit.measure.summary import bad_rows, summarise
 from stabilitykit.measure.values import is_finite
@@ -56,6 +56,17 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._paused = False
 
     # What the replay tells the tracer.
+
+    def begin_step(self) -> int:
+        """A step begins: what an earlier one made is known, what it showed or read is not; the operations so far."""
+        self.symptoms.clear()
+        self._numbers = Numbers()
+        self.behind_loss.clear()
+        self._stack.clear()
+        self._looks.clear()
+        self._failed = self._checked = (-1, None)
+        self._updating = self._after_backward = False
+        return self.num_operations
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -368,33 +379,3 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             and self.labels.kind(tensor) == "module_buffer"
             and is_finite(tensor)
         ]
-
-
-@contextmanager
-def watching_backward(
-    before: Callable[[Sequence[Tensor], bool], None],
-    after: Callable[[], None],
-    given: Callable[[Sequence[Tensor]], None],
-) -> Iterator[None]:
-    """Report the roots of every backward in the block, the end of one that accumulates, and gradients handed out.
-
-    A backward has no hook for its roots. `torch.autograd`'s entry points both call one function, which is wrapped,
-    during a replay only: user code may hold `torch.autograd.grad` under a name of its own.
-    """
-    run = getattr(torch.autograd, ENGINE)
-
-    def watched(roots: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-        accumulates = bool(kwargs.get("accumulate_grad"))
-        before([root for root in roots if isinstance(root, Tensor)], accumulates)
-        gradients = run(roots, *args, **kwargs)
-        if accumulates:
-            after()
-        else:
-            given([entry for entry in gradients if isinstance(entry, Tensor)])
-        return gradients
-
-    setattr(torch.autograd, ENGINE, watched)
-    try:
-        yield
-    finally:
-        setattr(torch.autograd, ENGINE, run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from stabilitykit.diagnose.graph import Edge, Leaf, Operation, Source, Symptom
@@ -24,6 +24,13 @@ class Finding:
         if self.entry is not None:
             return "nan" if self.entry.nan else "inf"
         return "nan" if summary.nan else "inf"
+
+    def leaves(self) -> Iterator[Leaf]:
+        """Every tensor that was bad before the step and that the way from the origin met."""
+        if isinstance(self.origin, Leaf):
+            yield self.origin
+        for operation in self.path:
+            yield from (edge.source for edge in operation.edges if isinstance(edge.source, Leaf))
 
     @property
     def moment(self) -> int:

@@ -181,10 +181,14 @@ class History:
         exact = True
         current = self._current.steps[-1]
         while self._segments:
-            exact = self._run_again(self._segments.popleft(), current, rerun)  # what came before does not matter
+            exact = self.repeat(self._segments.popleft(), current, rerun)  # what came before does not matter
         return exact and current.batch_untouched()
 
-    def _run_again(self, segment: Segment, current: PastStep, rerun: Callable[[PastStep], Reading]) -> bool:
+    def route(self) -> Sequence[Segment]:
+        """What `rewind` goes by, and lets go of."""
+        return tuple(self._segments)
+
+    def repeat(self, segment: Segment, current: PastStep, rerun: Callable[[PastStep], Reading]) -> bool:
         """Restore a snapshot and repeat the steps after it, up to the current one; whether each was as it had been."""
         self._state.restore(segment.snapshot)
         self.unrepeated = None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,13 @@ import torch
 from torch import Tensor
 
 from stabilitykit.diagnose.conclude import Context, conclude
-from stabilitykit.diagnose.graph import Leaf
+from stabilitykit.diagnose.graph import Leaf, Operation
 from stabilitykit.diagnose.numbers import bad_numbers
-from stabilitykit.diagnose.retrace import Subject, batch_name, retrace
-from stabilitykit.diagnose.walk import find_origin
+from stabilitykit.diagnose.retrace import Lead, Subject, batch_name, retrace
+from stabilitykit.diagnose.walk import Finding, find_origin
 from stabilitykit.errors import UsageError
 from stabilitykit.measure.values import is_finite
-from stabilitykit.monitor.history import History, PastStep, Step
+from stabilitykit.monitor.history import History, PastStep, Segment, Step
 from stabilitykit.schema import Diagnosis
 from stabilitykit.snapshot import Snapshot, TrainingState, tensors_of
 from stabilitykit.watch.reading import Reading
@@ -123,6 +124,7 @@ class Inquiry:
         """
         intended = self._intended(self._unchanged_constants())
         current = self.history.recent()[-1]
+        route = self.history.route()
         after = self.state.capture()
         try:
             exact = self._rewind(ran)
@@ -135,17 +137,57 @@ class Inquiry:
         except Exception as error:  # noqa: BLE001 - ours or the step's, on its second run: training goes on
             return Outcome(None, after, after, error)
         same = ran.reading.same_step(again)
+        if finding is None and retraced.error is not None and ran.raised is None:
+            return Outcome(None, after, after, retraced.error)
         if finding is None:
             return Outcome(None, before, after, same=same)
+        known = dict(facts())
+        with suppress(Exception):  # as above; there is a finding already
+            if (earlier := self._look_further_back(ran, route, finding, intended)) is not None:
+                finding, later = earlier, current.index
+                known |= {"step": later - 1, "sample_ids": None, "noticed_in": later}
         context = Context(
             proof="replayed" if exact and same else "replayed-differs",
             batch_size=retraced.trace.batch_size,
             hyperparameters=self._hyperparameters(),
             loss_was_finite=not any(entry.role in ("loss", "returned") for entry in retraced.trace.symptoms),
             optimizer=", ".join(type(entry).__name__ for entry in self.subject.optimizers),
-            **facts(),
+            **known,
         )
         return Outcome(conclude(finding, context), before, after)
+
+    def _look_further_back(
+        self, ran: Ran, route: Sequence[Segment], finding: Finding, intended: Callable[[Leaf], bool]
+    ) -> Finding | None:
+        """The origin in the step before, where that step made what the script kept and this one has used."""
+        if not any(self._is_kept(leaf) for leaf in finding.leaves()):
+            return None
+        steps = [(segment, past) for segment in route for past in segment.steps]
+        if len(steps) < 2 or steps[-2][1].reading is None:
+            return None
+        (segment, before), (_, current) = steps[-2:]
+        self.history.repeat(segment, before, lambda past: self._rerun(ran.function, past))
+        self.begin(None)
+
+        def settle(returned: Any) -> bool:
+            same = before.reading is not None and before.reading.same_step(self.read(before.index, returned))
+            self.state.restore_moment(current.moment)
+            self.begin(None)
+            return same
+
+        args, kwargs = current.inputs()
+        retraced = retrace(self.subject, ran.function, args, kwargs, lead=Lead(*before.inputs(), settle))
+        if not retraced.begins:
+            return None
+        self.read(current.index, retraced.returned)
+        found = find_origin(retraced.trace.symptoms, intended)
+        made = found.origin if found is not None else None
+        return found if isinstance(made, Operation) and made.index <= retraced.begins else None
+
+    def _is_kept(self, leaf: Leaf) -> bool:
+        """Whether it is the script's own: a statistic, a target, the weights of a teacher outside the model."""
+        foreign = leaf.kind == "parameter" and leaf.name not in self.subject.parameters
+        return leaf.kind == "unknown" or foreign
 
     def undo(self, ran: Ran) -> Outcome:
         """Go back to the start of the step that has just run, without a trace."""
