@@ -276,7 +276,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def forward(node: int) -> Forward:
             caller = find_caller()
             derived = self._forwards.running() if not caller.in_backward_code else None
-            return derived or Forward(call.name, self._module(node), caller.site)
+            return derived or Forward(call.name, self._module(before=node), caller.site)
 
         self._forwards.claim(forward)
 
@@ -298,12 +298,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         forward = self._forwards.running() if node is not None else None
         own_line = phase != "backward" or caller.in_backward_code
         site = caller.site if own_line else forward.site if forward else NOWHERE
+        after = -1 if phase != "backward" else node._sequence_nr() if node and caller.in_backward_code else sys.maxsize
         operation = Operation(
             index=self.num_operations,
             op=call.name if own_line or forward is None else forward.op,
             kernel=call.name,
             phase=phase,
-            module=self._module() if phase != "backward" else forward.module if forward else "",
+            module=self._module(after=after),
             output=output,
             site=site,
             node=node.name() if node is not None else "",
@@ -330,12 +331,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         written = [self.labels.kind(tensor) for tensor in call.overwritten]
         return "optimizer" if "parameter" in written and not torch.is_grad_enabled() else "forward"
 
-    def _module(self, node: int = sys.maxsize) -> str:
-        """The innermost module, of those entered before `node` was made: a custom Function may call modules of its own.
+    def _module(self, *, after: int = -1, before: int = sys.maxsize) -> str:
+        """The innermost module of those entered between the making of two nodes: custom Functions may call some.
 
-        Where checkpointing runs a function again, that in which it was first called.
+        In backward where there is none, the module of what is differentiated: with checkpointing, that in which the
+        function was first called.
         """
-        inner = next((name for name, entered in reversed(self._stack) if name is not None and entered <= node), "")
+        entries = reversed(self._stack)
+        inner = next((name for name, entered in entries if name is not None and after < entered <= before), "")
         if inner or torch._C._current_graph_task_id() == -1:
             return inner
         forward = self._forwards.running()
