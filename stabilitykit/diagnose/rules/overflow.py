@@ -8,8 +8,8 @@ from stabilitykit.diagnose.rules.base import Evidence, Rule
 
 
 class LossScaleOverflow(Rule):
-    """A scaled gradient passed the limit of its narrow dtype during backward: the loss scale is too high for this
-    batch, and nothing skipped the step.
+    """A gradient passed the limit of its narrow dtype during backward, and nothing skipped the step: the loss scale,
+    where there is one, is too high for this batch.
     """
 
     name = "loss_scale"
@@ -38,6 +38,10 @@ class NarrowOverflow(Rule):
 
     def applies(self, evidence: Evidence) -> bool:
         return evidence.narrow and evidence.computed and evidence.phase in ("forward", "backward", "state")
+
+    def advise(self, evidence: Evidence) -> tuple[str, ...]:
+        product = evidence.op in ("mm", "bmm", "addmm", "baddbmm", "mv", "dot")
+        return self.remedies if product else self.remedies[1:]
 
     def facts(self, evidence: Evidence) -> str:
         return narrow_facts(evidence)

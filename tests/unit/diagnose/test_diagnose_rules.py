@@ -462,11 +462,27 @@ def test_names_are_unique_and_every_rule_says_what_it_means_and_what_to_do() -> 
     assert all(rule.remedies or type(rule).advise is not RULES[0].__class__.advise for rule in RULES)
 
 
+def test_the_advice_fits_the_operation(tmp_path: Path) -> None:
+    product = Fault(lambda m, x: torch.mm((m.weight * 300)[None], (m.weight * 300)[:, None]).sum(), dtype=torch.float16)
+    quotient = Fault(lambda m, x: (m.weight / x).sum(), dtype=torch.float16)
+
+    of_product, of_quotient = product.diagnose(tmp_path / "product"), quotient.diagnose(tmp_path / "quotient")
+    of_sum = FAULTS["narrow_overflow"][0].diagnose(tmp_path / "sum")
+
+    assert of_product is not None
+    assert of_quotient is not None
+    assert of_sum is not None
+    assert "query" in of_product.remedies[0]
+    assert not any("query" in remedy for remedy in of_sum.remedies)
+    assert all("1e-8)" not in remedy for remedy in of_quotient.remedies)  # which is 0 in float16
+
+
 @pytest.mark.parametrize(
     ("name", "fact"),
     [
         ("narrow_overflow", "Its largest magnitude would have been 81000; float16 ends at 65504."),
         ("division_by_zero", "1 of the denominators was 0."),
+        ("log_domain", "The argument ranges from 0 to 3, 1 of it exactly 0."),
         ("lr_not_finite", "lr = nan."),
         ("optimizer_eps", "Adam has eps = 0."),
         ("update_overflow", "SGD with lr = 1e+38"),
@@ -479,6 +495,21 @@ def test_the_cause_ends_in_the_numbers_of_the_case(name: str, fact: str, tmp_pat
         fault = Fault(fault.loss, batch=(0.9, 0.5, 0.1, 0.2), dtype=torch.float16)
 
     diagnosis = fault.diagnose(tmp_path / "run")
+
+    assert diagnosis is not None
+    assert fact in diagnosis.cause
+
+
+@pytest.mark.parametrize(
+    ("loss", "fact"),
+    [
+        (lambda m, x: torch.log1p(-m.weight).sum(), "ranges from -1 to -1, and log1p is -Inf at -1."),
+        (lambda m, x: torch.xlogy(m.weight, x).sum(), "The argument ranges from 0 to 3, 1 of it exactly 0."),
+    ],
+    ids=["log1p", "xlogy"],
+)
+def test_a_logarithm_s_cause_speaks_of_what_it_is_taken_of(loss: Loss, fact: str, tmp_path: Path) -> None:
+    diagnosis = Fault(loss).diagnose(tmp_path / "run")
 
     assert diagnosis is not None
     assert fact in diagnosis.cause
