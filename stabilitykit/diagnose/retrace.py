@@ -149,10 +149,17 @@ def _plugged(tracer: Tracer, updated: set[int]) -> Iterator[None]:
         for root in roots:
             tracer.notice("loss" if accumulates else "probed", "loss", root)
 
+    def about_to_step(optimizer: Optimizer, *_: object) -> None:
+        """Hooks of the user's own come after the global ones, and before the update: ours has to be the last."""
+        if optimizer not in hooked:
+            hooked.add(optimizer)
+            stack.callback(optimizer.register_step_pre_hook(before_step).remove)
+
+    hooked: set[Optimizer] = set()
     with ExitStack() as stack:
         stack.callback(register_module_forward_pre_hook(tracer.enter_module).remove)
         stack.callback(register_module_forward_hook(tracer.leave_module, always_call=True).remove)
-        stack.callback(register_optimizer_step_pre_hook(before_step).remove)  # of any optimizer, known to us or not
+        stack.callback(register_optimizer_step_pre_hook(about_to_step).remove)  # of any optimizer, known to us or not
         stack.callback(register_optimizer_step_post_hook(lambda *_: tracer.leave_optimizer()).remove)
         stack.enter_context(watching_exports(tracer.exported))
         stack.enter_context(watching_backward(before_backward, tracer.backward_ended, tracer.gradients_given))

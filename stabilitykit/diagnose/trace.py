@@ -18,7 +18,7 @@ from stabilitykit.diagnose.integers import Integers
 from stabilitykit.diagnose.labels import Labels, storage_key
 from stabilitykit.diagnose.numbers import Numbers
 from stabilitykit.diagnose.raised import Look, looked_at
-from stabilitykit.diagnose.site import NOWHERE, Caller, find_caller, user_lines
+from stabilitykit.diagnose.site import Caller, find_caller, user_lines
 from stabilitykit.diagnose.storages import Storages, has_nan
 from stabilitykit.measure.summary import bad_rows, summarise
 from stabilitykit.measure.values import is_finite
@@ -297,7 +297,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         node = torch._C._current_autograd_node() if phase == "backward" else None
         forward = self._forwards.running() if node is not None else None
         own_line = phase != "backward" or caller.in_backward_code
-        site = caller.site if own_line else forward.site if forward else NOWHERE
+        site = caller.site if own_line or forward is None else forward.site  # gradients are added at backward's line
         after = -1 if phase != "backward" else node._sequence_nr() if node and caller.in_backward_code else sys.maxsize
         operation = Operation(
             index=self.num_operations,
