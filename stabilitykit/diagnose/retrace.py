@@ -34,17 +34,17 @@ class Subject:
 
 @dataclass(frozen=True)
 class Retraced:
-    """What the traced run of the step gave; operations before `begins` are those of its lead."""
+    """What the traced run of the step gave; `begins` counts the operations before it, and before each of its leads."""
 
     trace: Trace
     returned: Any
     error: Exception | None
-    begins: int = 0
+    begins: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class Lead:
-    """The step before, traced as well: what it made and the script kept can then be followed.
+    """A step before, traced as well: what it made and the script kept can then be followed.
 
     Attributes:
         args, kwargs: of that step.
@@ -64,27 +64,29 @@ def retrace(
     kwargs: Mapping[str, Any],
     *,
     unused_gradients: bool = False,
-    lead: Lead | None = None,
+    leads: Sequence[Lead] = (),
 ) -> Retraced:
     """Run `step(*args, **kwargs)` under the tracer and notice what it leaves non-finite.
 
     The caller has put the state back and puts it where it belongs afterwards.  Bad gradients of a step in which no
-    optimizer stepped (a scaler's skip) are no symptom, unless `unused_gradients` asks for them.  With a `lead`, that
-    step is run and traced first; the trace is empty where it went otherwise than the first time.
+    optimizer stepped (a scaler's skip) are no symptom, unless `unused_gradients` asks for them.  The `leads` are
+    run and traced first; nothing begins where one of them went otherwise than the first time.
     """
     labels = _label(subject, args, kwargs)
     names = {id(module): name for name, module in subject.model.named_modules()}
     tracer = Tracer(labels, names, subject.parameters)
     returned, error = None, None
     updated: set[int] = set()
+    begins: list[int] = []
     with _plugged(tracer, updated), torch.compiler.set_stance("force_eager"):
-        if lead is not None:
+        for lead in leads:
+            begins.append(tracer.begin_step())
             with tracer:
                 returned = step(*lead.args, **lead.kwargs)
             if not lead.settle(returned):
                 return Retraced(tracer.result(), returned, None)
             updated.clear()
-        begins = tracer.begin_step()
+        begins.append(tracer.begin_step())
         for path, tensor in bad_numbers((args, dict(kwargs))):
             tracer.hand_out(batch_leaf(batch_name(path), tensor), nan=bool(tensor.isnan().any()))
         finite_before = {name: is_finite(buffer) for name, buffer in subject.model.named_buffers()}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ from stabilitykit.watch.reading import Reading
 _UNRELATED = (
     AttributeError, EOFError, ImportError, KeyError, MemoryError, NameError, OSError, StopIteration, TypeError,
 )  # fmt: skip
+
+_STEPS_BACK = (1, 8)  # are traced with a step that used what the script keeps: one is enough as a rule
 
 
 def refuse_deferred(function: Callable[..., Any]) -> None:
@@ -144,8 +148,8 @@ class Inquiry:
         known = dict(facts())
         with suppress(Exception):  # as above; there is a finding already
             if (earlier := self._look_further_back(ran, route, finding, intended)) is not None:
-                finding, later = earlier, current.index
-                known |= {"step": later - 1, "sample_ids": None, "noticed_in": later}
+                finding, step = earlier
+                known |= {"step": step, "sample_ids": None, "noticed_in": current.index}
         context = Context(
             proof="replayed" if exact and same else "replayed-differs",
             batch_size=retraced.trace.batch_size,
@@ -158,36 +162,51 @@ class Inquiry:
 
     def _look_further_back(
         self, ran: Ran, route: Sequence[Segment], finding: Finding, intended: Callable[[Leaf], bool]
-    ) -> Finding | None:
-        """The origin in the step before, where that step made what the script kept and this one has used."""
-        if not any(self._is_kept(leaf) for leaf in finding.leaves()):
+    ) -> tuple[Finding, int] | None:
+        """The origin in an earlier step, and which, where that made what the script kept and this one has used."""
+        if not self._is_kept(finding):
             return None
-        steps = [(segment, past) for segment in route for past in segment.steps]
-        if len(steps) < 2 or steps[-2][1].reading is None:
-            return None
-        (segment, before), (_, current) = steps[-2:]
-        self.history.repeat(segment, before, lambda past: self._rerun(ran.function, past))
+        depths = sorted({min(depth, sum(len(segment.steps) for segment in route) - 1) for depth in _STEPS_BACK})
+        found = (self._trace_from(depth, ran, route, intended) for depth in depths if depth > 0)
+        return next((entry for entry in found if entry is not None), None)
+
+    def _trace_from(
+        self, depth: int, ran: Ran, route: Sequence[Segment], intended: Callable[[Leaf], bool]
+    ) -> tuple[Finding, int] | None:
+        steps = [(segment, past) for segment in route for past in segment.steps][-depth - 1 :]
+        *leads, current = (past for _, past in steps)
+        self.history.repeat(steps[0][0], leads[0], lambda past: self._rerun(ran.function, past))
         self.begin(None)
-
-        def settle(returned: Any) -> bool:
-            same = before.reading is not None and before.reading.same_step(self.read(before.index, returned))
-            self.state.restore_moment(current.moment)
-            self.begin(None)
-            return same
-
         args, kwargs = current.inputs()
-        retraced = retrace(self.subject, ran.function, args, kwargs, lead=Lead(*before.inputs(), settle))
-        if not retraced.begins:
+        leading = [self._lead(past, following) for past, following in pairwise((*leads, current))]
+        retraced = retrace(self.subject, ran.function, args, kwargs, leads=leading)
+        if not retraced.begins or not ran.reading.same_step(self.read(current.index, retraced.returned)):
             return None
-        self.read(current.index, retraced.returned)
         found = find_origin(retraced.trace.symptoms, intended)
         made = found.origin if found is not None else None
-        return found if isinstance(made, Operation) and made.index <= retraced.begins else None
+        if found is None or not isinstance(made, Operation) or made.index > retraced.begins[-1]:
+            return None
+        return found, leads[bisect_left(retraced.begins[1:], made.index)].index
 
-    def _is_kept(self, leaf: Leaf) -> bool:
-        """Whether it is the script's own: a statistic, a target, the weights of a teacher outside the model."""
-        foreign = leaf.kind == "parameter" and leaf.name not in self.subject.parameters
-        return leaf.kind == "unknown" or foreign
+    def _lead(self, past: PastStep, following: PastStep) -> Lead:
+        def settle(returned: Any) -> bool:
+            again = self.read(past.index, returned)
+            self.state.restore_moment(following.moment)
+            self.begin(None)
+            return past.reading is not None and past.reading.same_step(again)
+
+        return Lead(*past.inputs(), settle)
+
+    def _is_kept(self, finding: Finding) -> bool:
+        """Whether it came by a tensor that the script keeps: a statistic, the weights of a teacher beside the model.
+
+        What is loaded, a checkpoint, counts from where it is.
+        """
+        origin, first = finding.origin, finding.path[0] if finding.path else None
+        if isinstance(origin, Leaf) and first is not None and (first.loads or first.phase == "optimizer"):
+            return False
+        foreign = (leaf for leaf in finding.leaves() if leaf.name not in self.subject.parameters)
+        return any(leaf.kind in ("unknown", "parameter") for leaf in foreign)
 
     def undo(self, ran: Ran) -> Outcome:
         """Go back to the start of the step that has just run, without a trace."""

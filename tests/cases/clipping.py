@@ -180,6 +180,37 @@ def build_hook(on_parameter):
     return run(model, batches, lambda batch: None, loss_of)
 
 
+def build_hook_before_update():
+    """The user's own hook on the optimizer divides the gradients by their norm before the update."""
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = [(*entry, 0.0 if index == 5 else 1.0) for index, entry in enumerate(labelled(8))]
+
+    def unit(_optimizer, _args, _kwargs):
+        for parameter in model.parameters():
+            parameter.grad.div_(parameter.grad.norm())  # <origin> hook_before_update
+
+    optimizer.register_step_pre_hook(unit)
+    return run(model, batches, lambda batch: None, lambda b: b[2] * cross_entropy(model(b[0]), b[1]), optimizer)
+
+
+def build_half_sum():
+    """Gradients of 40,000 from two micro-batches do not add up in half precision."""
+    model = nn.Linear(4, 1, bias=False).half()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    batches = [[torch.full((2, 4), 200.0 if index == 4 else 2.0).half() for _ in range(2)] for index in range(8)]
+
+    def train_step(parts):
+        optimizer.zero_grad()
+        for part in parts:
+            loss = model(part).float().sum() * 100
+            loss.backward()  # <origin> half_sum
+        optimizer.step()
+        return loss
+
+    return Loop(model, optimizer, batches, train_step)
+
+
 def build_large_but_finite():
     """Gradients of 1e25: their norm overflows float32, yet each of them is finite, and the step size is tiny."""
     model = small()
@@ -327,6 +358,20 @@ CASES = [
         source="https://github.com/kozistr/pytorch_optimizer/pull/431",
         truth=Truth(step=5, phase="backward", kind=("nan",), op=("div",)),
         build=lambda: build_hook(on_parameter=False),
+    ),
+    Case(
+        id="hook_before_update",
+        title="A hook of the user's on the optimizer divides gradients by a norm of 0",
+        source="https://github.com/kozistr/pytorch_optimizer/pull/431",
+        truth=Truth(step=5, **CLIP, kind=("nan",), op=("div",)),
+        build=build_hook_before_update,
+    ),
+    Case(
+        id="half_sum",
+        title="The sum of two micro-batches' gradients overflows in half precision",
+        source="https://github.com/Junjue-Wang/FactSeg/issues/6",
+        truth=Truth(step=4, phase="backward", kind=("inf",), op=("add",), tensor=("weight",)),
+        build=build_half_sum,
     ),
     Case(
         id="scaler_nan_loss",

@@ -121,6 +121,33 @@ def build_averaged_teacher():
     return Loop(model, optimizer, batches, train_step, stateful=[teacher])
 
 
+def build_prototypes():
+    """Prototypes are averaged in every third step and used two steps later; in step 4 one class is missing."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    prototypes = Kept([("mean", torch.randn(4, 4))])
+    batches = [(*batch, index) for index, batch in enumerate(labelled(10))]
+    for _, y, _ in batches:
+        y[:4] = torch.arange(4)
+    batches[4][1].clamp_(max=2)
+
+    def train_step(batch):
+        x, y, index = batch
+        optimizer.zero_grad()
+        features = model(x)
+        loss = features.square().mean()
+        if index % 3 == 0:
+            loss = loss + F.cross_entropy(-torch.cdist(features, prototypes.tensors["mean"]), y)
+        loss.backward()
+        optimizer.step()
+        if index % 3 == 1:
+            members = F.one_hot(y, 4).float()
+            prototypes.tensors["mean"] = members.T @ features.detach() / members.sum(0)[:, None]  # <origin> prototypes
+        return loss
+
+    return Loop(model, optimizer, batches, train_step, stateful=[prototypes])
+
+
 class Memory(nn.Module):
     """A replay memory that is a module, its slots drawn round and round."""
 
@@ -304,6 +331,13 @@ CASES = [
         source="https://github.com/ultralytics/yolov5/issues/5241",
         truth=Truth(step=4, phase="optimizer", kind=("inf",), op=("reciprocal", "div")),
         build=build_averaged_teacher,
+    ),
+    Case(
+        id="prototypes",
+        title="Prototypes of 0 / 0, used two steps later",
+        source=AVALANCHE,
+        truth=Truth(step=4, kind=("nan",), op=("div",)),
+        build=build_prototypes,
     ),
     *(
         Case(
