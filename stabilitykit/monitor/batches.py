@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections import UserDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data.dataloader import _BaseDataLoaderIter
@@ -18,7 +19,8 @@ _PLAIN_ITERATORS = (
     "builtins",
     "itertools",
 )  # generators, zip, chain; of any other class, a file say, too little is known
-_NO_DATA = (type, nn.Module, Optimizer, FunctionType, MethodType, ModuleType)
+_NO_DATA = (Tensor, type, nn.Module, Optimizer, FunctionType, MethodType, ModuleType)
+_AS_IT_IS = frozenset((Tensor, int, float, bool, str, bytes, type(None), np.ndarray))
 
 
 class Recorded(Iterator[Any]):
@@ -89,21 +91,28 @@ def recorded(value: Any) -> Any:
 
 def held_apart(value: Any) -> Any:
     """The same tensors in containers of their own, which the step cannot empty or fill; what is recorded stays so."""
-    if type(value) in (list, tuple):
-        return type(value)(held_apart(entry) for entry in value)
-    if type(value) is dict:
-        return {key: held_apart(entry) for key, entry in value.items()}
-    return copy.copy(value) if _is_data(value) else value
+    return _rebuilt(value, _itself)
 
 
 def given_again(value: Any) -> Any:
     """What was held, for a step that is run again."""
+    return _rebuilt(value, Recorded.again)
+
+
+def _itself(entry: Recorded) -> Recorded:
+    return entry
+
+
+def _rebuilt(value: Any, pass_on: Callable[[Recorded], Any]) -> Any:
+    kind = type(value)
+    if kind in _AS_IT_IS:  # nearly all there is; every step comes by
+        return value
+    if kind is tuple or kind is list:
+        return kind([entry if type(entry) in _AS_IT_IS else _rebuilt(entry, pass_on) for entry in value])
+    if kind is dict:
+        return {key: entry if type(entry) in _AS_IT_IS else _rebuilt(entry, pass_on) for key, entry in value.items()}
     if isinstance(value, Recorded):
-        return value.again()
-    if type(value) in (list, tuple):
-        return type(value)(given_again(entry) for entry in value)
-    if type(value) is dict:
-        return {key: given_again(entry) for key, entry in value.items()}
+        return pass_on(value)
     return copy.copy(value) if _is_data(value) else value
 
 
@@ -116,7 +125,7 @@ def _is_data(value: Any) -> bool:
     """Whether it is a batch of a class of its own, with tensors for attributes; a trainer has a model as well."""
     if isinstance(value, dict | UserDict):
         return True
-    if isinstance(value, (Tensor, Recorded, *_NO_DATA)) or not hasattr(value, "__dict__"):
+    if isinstance(value, _NO_DATA) or not hasattr(value, "__dict__"):
         return False
     attributes = vars(value).values()
     has_tensor = any(isinstance(entry, Tensor) for entry in attributes)
