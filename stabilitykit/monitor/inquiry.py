@@ -255,16 +255,21 @@ class Inquiry:
         }
 
     def _markers(self) -> set[tuple[str, bool]]:
-        """Entries of earlier batches that were non-finite and did no harm: their names, and whether they held NaN."""
-        earlier = [past.inputs() for past in list(self.history.recent())[:-1]]
+        """Entries of earlier batches that were non-finite and did no harm: their names, and whether they held NaN.
+
+        A tensor that is there in every step, a data set, may not have been used before: a NaN in it is no marker.
+        """
+        *earlier, current = (past.inputs() for past in self.history.recent())
+        lasting = {id(tensor) for _, tensor in tensors_of(current)}
         tensors = [
-            entry
+            (path, tensor, bool(tensor.isnan().any()))
             for batch in earlier
-            for entry in tensors_of(batch)
-            if entry[1].is_floating_point() and not is_finite(entry[1])
+            for path, tensor in tensors_of(batch)
+            if tensor.is_floating_point() and not is_finite(tensor)
         ]
-        numbers = [entry for batch in earlier for entry in bad_numbers(batch)]
-        return {(batch_name(path), bool(tensor.isnan().any())) for path, tensor in (*tensors, *numbers)}
+        numbers = [(path, bool(tensor.isnan().any())) for batch in earlier for path, tensor in bad_numbers(batch)]
+        met = [(path, nan) for path, tensor, nan in tensors if not (nan and id(tensor) in lasting)]
+        return {(batch_name(path), nan) for path, nan in (*met, *numbers)}
 
     def _hyperparameters(self) -> Mapping[str, Mapping[str, Any]]:
         names = {id(parameter): name for name, parameter in self.subject.parameters.items()}

@@ -220,6 +220,37 @@ def build_teacher():
     return Loop(model, optimizer, batches(), train_step, stateful=[teacher])
 
 
+class Trainer:
+    """All that a run needs, the data set as well."""
+
+    def __init__(self):
+        self.model, self.rows, self.at = network(), labelled(9), 0
+        self.rows[5][0][1, 1] = NAN
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+def build_trainer():
+    """The trainer itself is the step's argument; one of its rows has a NaN, and is used in step 5 only."""
+    trainer = Trainer()
+    optimizer = torch.optim.Adam(trainer.model.parameters(), lr=1e-3)
+
+    def train_step(trainer):
+        x, y = trainer.rows[trainer.at]
+        trainer.at += 1
+        optimizer.zero_grad()
+        loss = F.cross_entropy(trainer.model(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return Loop(trainer.model, optimizer, repeat(trainer, 9), train_step, stateful=[trainer])
+
+
 class Diverged(Exception):
     """The user's own: neither a ValueError nor an ArithmeticError."""
 
@@ -348,6 +379,13 @@ CASES = [
         source=RESUMED,
         truth=Truth(step=5, phase="weights", kind=("inf",), line=False),
         build=build_teacher,
+    ),
+    Case(
+        id="trainer_handed_over",
+        title="The argument holds the data set, with a row that has a NaN, from the start",
+        source=WRITTEN,
+        truth=Truth(step=5, phase="data", kind=("nan",), line=False),
+        build=build_trainer,
     ),
     *(
         Case(
