@@ -64,7 +64,7 @@ class LogOfZero(Rule):
     remedies = (
         "take the logarithm where the probabilities are made: torch.log_softmax(logits, -1), F.logsigmoid(x)",
         "bound the argument: torch.log(p.clamp_min(1e-12)) (torch.finfo(p.dtype).tiny for the dtype's own limit)",
-        "for p * log(p): torch.special.xlogy(p, p), or torch.special.entr(p), which are 0 at 0",
+        "for p * log(p): p * p.clamp_min(1e-12).log(); torch.special.entr and xlogy have no finite derivative at 0",
     )
 
     def applies(self, evidence: Evidence) -> bool:
@@ -106,11 +106,6 @@ class DivisionByZero(Rule):
         count = _zeros(evidence, "other" if "other" in evidence.inputs else "self")
         return f"{count:,} of the denominators {'was' if count == 1 else 'were'} 0." if count else ""
 
-    def advise(self, evidence: Evidence) -> tuple[str, ...]:
-        if evidence.operation is None or evidence.operation.output.dtype != "float16":
-            return self.remedies
-        return ("an epsilon of 1e-8 is 0 in float16: divide in float32, (a.float() / b.float()), or use 1e-4",)
-
 
 class GradientNormalisedByZero(Rule):
     """Code between backward and the update divided by zero: by a norm of the gradients, a product of two of them, the
@@ -137,7 +132,7 @@ class DerivativeAtEdge(Rule):
 
     _EDGE = (
         "hypot", "sqrt", "rsqrt", "pow", "acos", "asin", "acosh", "atanh", "linalg_vector_norm", "norm", "cdist", "std",
-        "var", "xlogy", "log", "cdist_forward", "linalg_matrix_norm", "angle", "atan2",
+        "var", "xlogy", "log", "cdist_forward", "linalg_matrix_norm", "angle", "atan2", "special_entr",
     )  # fmt: skip
 
     def applies(self, evidence: Evidence) -> bool:
