@@ -65,16 +65,18 @@ def retrace(
     *,
     unused_gradients: bool = False,
     leads: Sequence[Lead] = (),
+    mended: Collection[int] = (),
 ) -> Retraced:
     """Run `step(*args, **kwargs)` under the tracer and notice what it leaves non-finite.
 
     The caller has put the state back and puts it where it belongs afterwards.  Bad gradients of a step in which no
     optimizer stepped (a scaler's skip) are no symptom, unless `unused_gradients` asks for them.  The `leads` are
-    run and traced first; nothing begins where one of them went otherwise than the first time.
+    run and traced first; nothing begins where one of them went otherwise than the first time.  What the operations
+    `mended`, by their index, give is made finite: the rest of the step shows whether they did the harm.
     """
     labels = _label(subject, args, kwargs)
     names = {id(module): name for name, module in subject.model.named_modules()}
-    tracer = Tracer(labels, names, subject.parameters)
+    tracer = Tracer(labels, names, subject.parameters, mended)
     returned, error = None, None
     updated: set[int] = set()
     begins: list[int] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from stabilitykit.diagnose.raised import Look, looked_at
 from stabilitykit.diagnose.site import Caller, find_caller, user_lines
 from stabilitykit.diagnose.storages import Storages, has_nan
 from stabilitykit.measure.summary import bad_rows, summarise
-from stabilitykit.measure.values import is_finite
+from stabilitykit.measure.values import is_finite, make_finite
 from stabilitykit.schema import Phase
 
 LARGE = 65_536  # numbers of a tensor that is described in full only where it may be an origin
@@ -35,7 +35,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     recorded, beside a line and a module name for every differentiable forward operation.
     """
 
-    def __init__(self, labels: Labels, module_names: Mapping[int, str], parameters: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        labels: Labels,
+        module_names: Mapping[int, str],
+        parameters: Mapping[str, Tensor],
+        mended: Collection[int] = (),
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.labels = labels
         self.symptoms: list[Symptom] = []
@@ -43,6 +49,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.num_operations = 0
         self._module_names = module_names
         self._parameters = parameters
+        self._mended = mended  # operations whose values are made finite
         self._storages = Storages(labels)
         self._numbers = Numbers()
         self._integers = Integers()
@@ -223,6 +230,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for group in call.groups(result):
             found = [edge for position in group.inputs for edge in edges[position]] + list(back)
             bad = [tensor for tensor in group.written if not is_finite(tensor)]
+            if self.num_operations in self._mended:
+                bad = make_finite(bad)
             operation = self._operation(call, found, bad, group.inputs, kept, derived) if bad else None
             for tensor in group.written:
                 self._storages.wrote(tensor, None if is_finite(tensor) else operation, gradient=derived)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from stabilitykit.diagnose.graph import Edge, Leaf, Operation, Source, Symptom
+from stabilitykit.diagnose.site import Site
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class Finding:
     symptom: Symptom
     path: tuple[Operation, ...]
     entry: Edge | None = None  # how a leaf came into the step
+    rivals: tuple[Finding, ...] = ()  # where several operations made values that met on the way: all, in order
 
     @property
     def kind(self) -> str:
@@ -58,7 +60,8 @@ def trace_back(symptom: Symptom, intended: Callable[[Leaf], bool]) -> Finding | 
     search.run()
     if search.causes:
         origin, entry = min(search.causes, key=lambda cause: search.order(cause[0]))
-        return Finding(origin, symptom, search.path_from(origin), entry if isinstance(origin, Leaf) else None)
+        path = search.path_from(origin)
+        return Finding(origin, symptom, path, entry if isinstance(origin, Leaf) else None, _rivals(search, symptom))
     kept = symptom.role == "module_buffer"
     turned = [turn for constant in search.constants if (turn := _turning_point(search.path_from(constant), kept=kept))]
     if not turned:
@@ -66,6 +69,17 @@ def trace_back(symptom: Symptom, intended: Callable[[Leaf], bool]) -> Finding | 
     origin = min(turned, key=lambda operation: operation.index)
     path = next(path for constant in search.constants if origin in (path := search.path_from(constant)))
     return Finding(origin, symptom, path[path.index(origin) :])
+
+
+def _rivals(search: _Search, symptom: Symptom) -> tuple[Finding, ...]:
+    """The operations in which the walk ended, one for each place; none where there is no choice."""
+    ends = sorted((end for end, _ in search.causes if isinstance(end, Operation)), key=lambda end: end.index)
+    places: dict[tuple[str, Site, str, str], Operation] = {}
+    for end in ends:
+        places.setdefault((end.op, end.site, end.phase, end.module), end)
+    if len(places) < 2 or len(ends) < len(search.causes):
+        return ()
+    return tuple(Finding(end, symptom, search.path_from(end)) for end in places.values())
 
 
 class _Search:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -82,3 +84,18 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     low, high = torch.aminmax(plain)
     return bool((high - low).isfinite()) or bool(low.isfinite() & high.isfinite())
+
+
+def make_finite(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Put moderate numbers where tensors are not finite; a -Inf stays far below what a mask is compared with.
+
+    Returns:
+        The tensors that could not be mended: of a dtype without such kernels.
+    """
+    left = []
+    for tensor in tensors:
+        try:
+            tensor.nan_to_num_(nan=1.0, posinf=1.0, neginf=-1e4)
+        except (RuntimeError, NotImplementedError):
+            left.append(tensor)
+    return left

@@ -149,6 +149,7 @@ class Faults:
             constants=self._constants,
             begin=self._begin_again,
             read=partial(self._read_again, rows, index),
+            discard=self._measured,
             late_writes=watch.late_writes,
             goes_back=self._policy != "record",
         )
@@ -167,13 +168,16 @@ class Faults:
         self._watched.watch.begin_again({n: copies[id(p)] for n, p in parameters.items() if id(p) in copies})
 
     def _read_again(self, rows: dict[int, Rows | None], current: int, index: int, returned: Any) -> Reading:
-        watch, reading = self._watched.watch, self._watched.read(returned)
-        watch.update_norm(max(reading.num_backwards - 1, 0))
-        taken = watch.take_rows()
+        reading, taken = self._measured(returned)
         if index == current or not reading.suspicious:  # else it went otherwise than the first time
             rows[index] = taken
-            self._run_up.describe_again(index, reading, watch.largest)
+            self._run_up.describe_again(index, reading, self._watched.watch.largest)
         return reading
+
+    def _measured(self, returned: Any) -> tuple[Reading, Rows | None]:
+        watch, reading = self._watched.watch, self._watched.read(returned)
+        watch.update_norm(max(reading.num_backwards - 1, 0))
+        return reading, watch.take_rows()
 
     def _without_replay(self, outcome: Outcome, ran: Ran, index: int) -> Diagnosis | None:
         """Where the replay failed or did not show what the first run had shown: what can be seen without it."""

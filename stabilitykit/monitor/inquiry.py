@@ -31,6 +31,7 @@ _UNRELATED = (
 )  # fmt: skip
 
 _STEPS_BACK = (1, 8)  # are traced with a step that used what the script keeps: one is enough as a rule
+MOST_RIVALS = 4  # origins that are weighed against each other, a replay each
 
 
 def refuse_deferred(function: Callable[..., Any]) -> None:
@@ -104,6 +105,7 @@ class Inquiry:
     Attributes:
         constants: copies of the module buffers that were non-finite when the monitor was attached.
         read: judges a re-run, given the step's number and what it returned.
+        discard: lets go of what was measured in a re-run that was interfered with, given what it returned.
         begin: tells the watch that a step is about to be run again, and from where if that is held anyway.
         goes_back: whether the state before the step will be wanted.
         late_writes: parameters that someone wrote to before the current step, unnoticed, as the step has used them.
@@ -115,6 +117,7 @@ class Inquiry:
     constants: Mapping[str, Tensor]
     begin: Callable[[Snapshot | None], None]
     read: Callable[[int, Any], Reading]
+    discard: Callable[[Any], object]
     late_writes: Callable[[], Mapping[str, Tensor]]
     goes_back: bool
 
@@ -130,8 +133,9 @@ class Inquiry:
         current = self.history.recent()[-1]
         route = self.history.route()
         after = self.state.capture()
+        written = self.late_writes()
         try:
-            exact = self._rewind(ran)
+            exact = self._rewind(ran, written)
             before = self.state.capture() if self.goes_back else after
             self.begin(before if self.goes_back else None)
             args, kwargs = current.inputs()
@@ -147,6 +151,8 @@ class Inquiry:
             return Outcome(None, before, after, same=same)
         known = dict(facts())
         with suppress(Exception):  # as above; there is a finding already
+            finding = self._weigh(ran, route[-1], written, finding, intended, unused=unused)
+        with suppress(Exception):
             if (earlier := self._look_further_back(ran, route, finding, intended)) is not None:
                 finding, step = earlier
                 known |= {"step": step, "sample_ids": None, "noticed_in": current.index}
@@ -159,6 +165,31 @@ class Inquiry:
             **known,
         )
         return Outcome(conclude(finding, context), before, after)
+
+    def _weigh(
+        self,
+        ran: Ran,
+        segment: Segment,
+        written: Mapping[str, Tensor],
+        finding: Finding,
+        intended: Callable[[Leaf], bool],
+        *,
+        unused: bool,
+    ) -> Finding:
+        """The first of several origins that does harm when what the others made is finite: one may have been masked."""
+        current = segment.steps[-1]
+        for candidate in finding.rivals[:MOST_RIVALS]:
+            others = {_index(rival) for rival in finding.rivals} - {_index(candidate)}
+            self.history.repeat(segment, current, lambda past: self._rerun(ran.function, past))
+            self._write(written)
+            self.begin(None)
+            args, kwargs = current.inputs()
+            retraced = retrace(self.subject, ran.function, args, kwargs, unused_gradients=unused, mended=others)
+            self.discard(retraced.returned)
+            found = find_origin(retraced.trace.symptoms, intended)
+            if found is not None and _index(found) == _index(candidate):
+                return candidate
+        return finding
 
     def _look_further_back(
         self, ran: Ran, route: Sequence[Segment], finding: Finding, intended: Callable[[Leaf], bool]
@@ -212,19 +243,21 @@ class Inquiry:
         """Go back to the start of the step that has just run, without a trace."""
         after = self.state.capture()
         try:
-            self._rewind(ran)
+            self._rewind(ran, self.late_writes())
         except Exception as error:  # noqa: BLE001 - see `hold`
             return Outcome(None, after, after, error)
         return Outcome(None, self.state.capture(), after)
 
-    def _rewind(self, ran: Ran) -> bool:
+    def _rewind(self, ran: Ran, written: Mapping[str, Tensor]) -> bool:
         """Put the state where the step began; whether all on the way was as it had been."""
-        written = self.late_writes()
         exact = self.history.rewind(lambda past: self._rerun(ran.function, past))
+        self._write(written)
+        return exact
+
+    def _write(self, written: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, held in written.items():
                 self.subject.parameters[name].copy_(held)
-        return exact
 
     def _rerun(self, step: Step, past: PastStep) -> Reading:
         self.begin(None)
@@ -280,3 +313,8 @@ class Inquiry:
             for parameter in group["params"]
             if id(parameter) in names
         }
+
+
+def _index(finding: Finding) -> int:
+    """When the origin ran; -1 for what was bad before any operation."""
+    return finding.origin.index

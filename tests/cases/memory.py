@@ -134,7 +134,72 @@ def build_uninitialised(bad=None):
     return loop(model, batches, loss_of)
 
 
+def build_discarded_term():
+    """Of three stacked terms one is infinite in every step, and left out; in one step another overflows."""
+    model = network()
+    batches = [(x, targets, torch.tensor(200.0 if index == 4 else 1.0)) for index, (x, targets) in enumerate(labelled(8))]
+
+    def loss_of(x, targets, size):
+        scores = model(x)
+        unused = -torch.log(torch.zeros(())) * scores.mean().detach()
+        large = torch.exp(size)  # <origin> discarded_term
+        terms = torch.stack([F.cross_entropy(scores, targets), unused, large * scores.square().mean()])
+        return torch.where(torch.tensor([True, False, True]), terms, 0.0).sum()
+
+    return loop(model, batches, loss_of)
+
+
+class HalfAttention(nn.Module):
+    """A mask of -1e9 is -inf in float16, in every step, which does no harm; an overflow of the scores does."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x, keep):
+        mask = (1.0 - keep).unsqueeze(1) * -1e9
+        scores = self.query(x) @ self.key(x).transpose(1, 2)  # <origin> mask_beside_overflow
+        return (scores + mask).softmax(dim=-1) @ x
+
+
+def build_half_attention(bad=None):
+    model = nn.ModuleDict({"attention": HalfAttention(), "head": nn.Linear(6, 3)}).half()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    batches = []
+    for index in range(8):
+        x, keep = torch.randn(4, 5, 6), (torch.arange(5) < torch.randint(2, 5, (4, 1))).half()
+        if index == bad:
+            x[1] *= 1000
+        batches.append((x.half(), keep, torch.randint(3, (4,))))
+
+    def loss_of(x, keep, targets):
+        return F.cross_entropy(model["head"](model["attention"](x, keep).mean(1)).float(), targets)
+
+    return loop(model, batches, loss_of, optimizer)
+
+
 CASES = [
+    Case(
+        id="discarded_term",
+        title="Two infinite loss terms, of which the earlier is left out",
+        source="https://github.com/csteinmetz1/auraloss/issues/25",
+        truth=Truth(step=4, phase="forward", kind=("inf",), module=("",), op=("exp",)),
+        build=build_discarded_term,
+    ),
+    Case(
+        id="mask_beside_overflow",
+        title="A mask that overflows in every step, and scores that overflow in one",
+        source="https://github.com/huggingface/transformers/pull/17306",
+        truth=Truth(step=5, phase="forward", kind=("inf",), module=("attention",), op=("bmm", "matmul")),
+        build=lambda: build_half_attention(5),
+    ),
+    Case(
+        id="healthy_half_mask",
+        title="A mask that overflows to -inf in float16",
+        source="https://github.com/openai/gpt-2/pull/122",
+        truth=Truth(healthy=True),
+        build=build_half_attention,
+    ),
     Case(
         id="uninitialised",
         title="A row of torch.empty that nobody has written",

@@ -210,3 +210,24 @@ def test_a_deep_network_whose_every_weight_was_bad_is_walked_in_the_time_of_its_
     assert found.origin is bad[0]
     assert found.symptom.name == "loss"
     assert len(paths) == 1
+
+
+def test_operations_whose_values_met_are_rivals_in_the_order_they_ran() -> None:
+    mask = op(1, "log", neginf=1)
+    scores = op(2, "bmm", posinf=1)
+    joined = op(3, "add", edge(mask), edge(scores), neginf=1, posinf=1)
+
+    found = find_origin([noticed(op(4, "softmax", edge(joined)))])
+
+    assert found is not None
+    assert found.origin is mask
+    assert [rival.origin for rival in found.rivals] == [mask, scores]
+
+
+def test_one_place_has_no_rivals() -> None:
+    first, second = op(1, "div", posinf=1), op(2, "div", posinf=1)
+
+    found = find_origin([noticed(op(3, "add", edge(first), edge(second)))])
+
+    assert found is not None
+    assert found.rivals == ()

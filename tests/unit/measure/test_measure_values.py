@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from stabilitykit.measure.values import is_finite, values
+from stabilitykit.measure.values import is_finite, make_finite, values
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 PAIRS = [torch.complex64, torch.complex128]
@@ -132,3 +132,21 @@ def test_a_dtype_without_kernels_counts_as_finite() -> None:
 
 def test_a_parameter_that_is_not_there_yet_counts_as_finite() -> None:
     assert is_finite(nn.LazyLinear(2).weight)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_what_is_made_finite_keeps_its_other_numbers_and_the_sense_of_a_mask(dtype: torch.dtype) -> None:
+    tensor = torch.tensor([0.5, math.nan, math.inf, -math.inf], dtype=dtype)
+
+    left = make_finite([tensor])
+
+    assert left == []
+    assert is_finite(tensor)
+    assert tensor[0] == 0.5
+    assert tensor.softmax(0)[3] == 0
+
+
+def test_what_has_no_kernel_to_mend_it_is_handed_back() -> None:
+    tensor = torch.tensor([math.inf]).to(torch.float8_e5m2)
+
+    assert make_finite([tensor]) == [tensor]
