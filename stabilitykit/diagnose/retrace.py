@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from stabilitykit.diagnose.trace import Tracer
 from stabilitykit.measure.values import is_finite
 from stabilitykit.snapshot import BUFFER_FIELDS, tensors_of
 
+Settings = Mapping[str, Any]  # a group's, without its parameters
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -34,12 +37,18 @@ class Subject:
 
 @dataclass(frozen=True)
 class Retraced:
-    """What the traced run of the step gave; `begins` counts the operations before it, and before each of its leads."""
+    """What the traced run of the step gave.
+
+    Attributes:
+        begins: counts the operations before the step, and before each of its leads.
+        settings: of the optimizer that has updated a parameter, as they were then, by the parameter's name.
+    """
 
     trace: Trace
     returned: Any
     error: Exception | None
     begins: Sequence[int] = ()
+    settings: Mapping[str, Settings] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ def retrace(
     names = {id(module): name for name, module in subject.model.named_modules()}
     tracer = Tracer(labels, names, subject.parameters, mended)
     returned, error = None, None
-    updated: set[int] = set()
+    updated: dict[int, Settings] = {}
     begins: list[int] = []
     with _plugged(tracer, updated), torch.compiler.set_stance("force_eager"):
         for lead in leads:
@@ -99,7 +108,8 @@ def retrace(
             error = raised
     used = {n for n, p in subject.parameters.items() if unused_gradients or id(p) in updated}
     _notice_ends(tracer, subject, returned, error, used, finite_before)
-    return Retraced(tracer.result(), returned, error, begins)
+    settings = {n: updated[id(p)] for n, p in subject.parameters.items() if id(p) in updated}
+    return Retraced(tracer.result(), returned, error, begins, settings)
 
 
 def _label(subject: Subject, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Labels:
@@ -137,13 +147,18 @@ def batch_name(path: str) -> str:
 
 
 @contextmanager
-def _plugged(tracer: Tracer, updated: set[int]) -> Iterator[None]:
-    """Hooks for a traced step; `updated` is filled with the ids of the parameters that an optimizer updates."""
+def _plugged(tracer: Tracer, updated: dict[int, Settings]) -> Iterator[None]:
+    """Hooks for a traced step; `updated` is filled with the ids of the parameters that an optimizer updates.
+
+    A scheduler may change the settings when the step ends. Of two optimizers with the same parameter the first that
+    has one that is not finite is kept.
+    """
 
     def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         found_inf = getattr(optimizer, "found_inf", None)
         if not (isinstance(found_inf, Tensor) and bool(found_inf)):
-            updated.update(id(entry) for group in optimizer.param_groups for entry in group["params"])
+            with tracer.paused():
+                _note_settings(optimizer, updated)
         tracer.enter_optimizer()
         given = {key: tracer.outside_update(value) if callable(value) else value for key, value in kwargs.items()}
         return tuple(tracer.outside_update(entry) if callable(entry) else entry for entry in args), given
@@ -195,6 +210,19 @@ def _notice_ends(
         tracer.notice_error(error)
     if all(entry.role == "probed" for entry in tracer.symptoms):  # a quantity that was differentiated, to no harm
         tracer.symptoms = []
+
+
+def _note_settings(optimizer: Optimizer, updated: dict[int, Settings]) -> None:
+    for group in optimizer.param_groups:
+        settings = {
+            key: float(value) if isinstance(value, Tensor) and value.numel() == 1 else value
+            for key, value in group.items()
+            if key != "params"
+        }
+        for entry in group["params"]:
+            earlier = updated.get(id(entry), {}).values()
+            if all(math.isfinite(setting) for setting in earlier if isinstance(setting, float)):
+                updated[id(entry)] = settings
 
 
 def _behind(roots: Sequence[Tensor]) -> set[int]:

@@ -159,7 +159,7 @@ class Inquiry:
         context = Context(
             proof="replayed" if exact and same else "replayed-differs",
             batch_size=retraced.trace.batch_size,
-            hyperparameters=self._hyperparameters(),
+            hyperparameters={**self._hyperparameters(), **retraced.settings},
             loss_was_finite=not any(entry.role in ("loss", "returned") for entry in retraced.trace.symptoms),
             optimizer=", ".join(type(entry).__name__ for entry in self.subject.optimizers),
             **known,

@@ -320,6 +320,30 @@ def test_a_buffer_that_was_bad_when_the_step_began_is_explained_as_such(tmp_path
     assert (monitor.diagnosis.rule, monitor.diagnosis.origin.tensor) == ("bad_state", "scale")
 
 
+@pytest.mark.parametrize("rate", [math.nan, torch.tensor(math.nan)])
+def test_a_learning_rate_counts_as_it_was_at_the_update_and_not_as_the_step_left_it(rate: Any, tmp_path: Path) -> None:
+    model = Model(1.0, torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    other = torch.optim.SGD(model.parameters(), lr=0.2)
+
+    def train_step() -> Tensor:
+        optimizer.zero_grad()
+        loss = model.weight.sum()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.1
+        other.step()
+        return loss
+
+    with sk.attach(model, [optimizer, other], tmp_path / "run", config=QUIET, on_nonfinite="record") as monitor:
+        monitor.replayable(train_step)()
+
+    assert monitor.diagnosis is not None
+    assert monitor.diagnosis.rule == "lr_not_finite"
+    assert "lr = nan" in monitor.diagnosis.cause
+
+
 def test_an_optimizer_state_that_was_bad_when_the_step_began_is_explained_as_such(tmp_path: Path) -> None:
     model = Model(1.0, torch.float32)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
