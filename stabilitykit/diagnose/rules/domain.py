@@ -100,7 +100,8 @@ class DivisionByZero(Rule):
         of_zero = evidence.op in ("reciprocal", "rsqrt") and _zeros(evidence, "self") > 0
         zero_by_zero = divides and evidence.kind == "nan" and evidence.computed  # of finite numbers there is no other
         derivative = evidence.op == "div" and evidence.phase == "backward" and evidence.kind == "nan"
-        return by_zero or of_zero or zero_by_zero or derivative
+        direction = evidence.op == "weight_norm_interface" and evidence.kind == "nan"  # of a row of zeros
+        return by_zero or of_zero or zero_by_zero or derivative or direction
 
     def facts(self, evidence: Evidence) -> str:
         count = _zeros(evidence, "other" if "other" in evidence.inputs else "self")

@@ -89,13 +89,13 @@ class NoEpsilon(Rule):
 
 
 class UpdateOverflow(Rule):
-    """The update pushed a parameter past the largest number of its dtype: the product of learning rate and gradient
-    (or of learning rate and weight decay) is larger than 2, so every step overshoots more than the last.
+    """The update pushed a parameter, or the optimizer's own state, past the largest number of its dtype: the step
+    (learning rate times gradient, or times weight decay) or the momentum is too large, so that it overshoots.
     """
 
     name = "update_overflow"
     remedies = (
-        "lower this group's learning rate so that lr * weight_decay is far below 1",
+        "lower this group's learning rate so that lr * weight_decay is far below 1; keep a momentum below 1",
         "clip the gradient before the step: torch.nn.utils.clip_grad_norm_(parameters, 1.0)",
     )
 

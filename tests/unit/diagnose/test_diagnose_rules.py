@@ -451,6 +451,10 @@ NEIGHBOURS |= {
         Fault(lambda m, x: (m.weight * 0).sum() / (x > 100).sum()),
         "division_by_zero",
     ),
+    "a weight without a direction is divided by its norm of 0": (
+        Fault(lambda m, x: torch._weight_norm(m.weight[None] * 0, m.weight[:1, None]).sum()),
+        "division_by_zero",
+    ),
     "a buffer of 0 / 0 did not overflow": (Fault(buffered), "division_by_zero"),
     "the deviation of one gradient is no norm of 0": (
         Fault(weighted, clip=lambda gradient: gradient * gradient[:1].std()),
