@@ -31,7 +31,7 @@ _UNRELATED = (
 )  # fmt: skip
 
 _STEPS_BACK = (1, 8)  # are traced with a step that used what the script keeps: one is enough as a rule
-MOST_RIVALS = 4  # origins that are weighed against each other, a replay each
+MOST_RIVALS = 8  # origins that are weighed against each other, a replay each
 
 
 def refuse_deferred(function: Callable[..., Any]) -> None:
