@@ -65,7 +65,7 @@ class Watched:
         )
 
     def look_again(self) -> bool:
-        """Whether something had changed: a head was added, a layer thawed; it is watched from now on."""
+        """Whether something had changed: a head was added or replaced; it is watched from now on."""
         if outline(self.parameters, self._optimizers) == self._outline:
             return False
         self.watch.close()

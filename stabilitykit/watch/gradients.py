@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 from stabilitykit.measure.norms import Norms, tensor_norms
 from stabilitykit.measure.values import ordinary
@@ -38,12 +39,8 @@ class GradientTracker:
         self._unseen = unseen  # runs a function of ours so that a tracer does not take it for the step's
         self._on_end = on_end
         self._ordinary = all(ordinary(entry) for entry in parameters.values())
-        hooked = [entry for entry in parameters.values() if entry.requires_grad and entry.is_leaf]
-        self._handles = [
-            entry.register_post_accumulate_grad_hook(_Accumulated(self))  # type: ignore[no-untyped-call]
-            for entry in hooked
-            if not is_lazy(entry)
-        ]
+        hooks = [_hooked(entry, _Accumulated(self)) for entry in parameters.values()]
+        self._handles = [handle for handle in hooks if handle is not None]
         self.begin()
 
     def begin(self) -> None:
@@ -112,6 +109,22 @@ class _Accumulated:
         tracker = self._tracker()
         if tracker is not None and not tracker.queued:
             tracker.queue()
+
+
+def _hooked(parameter: Tensor, hook: _Accumulated) -> RemovableHandle | None:
+    """Frozen ones get the hook too, since a step may thaw them and freeze others, as those of a GAN do in turn."""
+    if is_lazy(parameter) or not parameter.is_leaf or not (parameter.is_floating_point() or parameter.is_complex()):
+        return None
+    frozen = not parameter.requires_grad
+    try:
+        if frozen:  # torch takes the hook of one that needs a gradient only, and keeps it when that changes
+            parameter.requires_grad_(True)
+        return parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-any-return, no-untyped-call]
+    except RuntimeError:  # made under inference_mode: it never has a gradient
+        return None
+    finally:
+        if frozen:
+            parameter.requires_grad_(False)
 
 
 def _versions(gradients: Sequence[Tensor]) -> list[tuple[int, int]]:

@@ -124,7 +124,10 @@ def named_parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[
     return named
 
 
-def outline(parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> tuple[int, int]:
-    """Changes when parameters join an optimizer, are frozen or thawed, or a lazy one gets its shape."""
-    optimised = sum(len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups)
-    return optimised, sum(entry.requires_grad + 2 * is_lazy(entry) for entry in parameters.values())
+def outline(parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> tuple[list[int], int]:
+    """Changes when an optimizer holds other parameters than it did, or a lazy one gets its shape.
+
+    While the watched `parameters` are held, none of their identities is given to another.
+    """
+    held = [id(entry) for optimizer in optimizers for group in optimizer.param_groups for entry in group["params"]]
+    return held, sum(map(is_lazy, parameters.values()))

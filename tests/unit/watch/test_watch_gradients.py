@@ -113,3 +113,31 @@ def test_closing_takes_the_hooks_off(parameters) -> None:
     parameters["large"].sum().backward()
 
     assert tracker.num_backwards == 0
+
+
+def test_a_parameter_that_is_frozen_when_the_watch_begins_is_measured_once_it_is_thawed(parameters) -> None:
+    parameters["large"].requires_grad_(False)
+    tracker = tracked(parameters)
+
+    for frozen, thawed in (("large", "small"), ("small", "large")):  # as the two networks of a GAN, turn and turn about
+        tracker.begin()
+        parameters[frozen].requires_grad_(False)
+        parameters[thawed].requires_grad_(True).grad = None
+        parameters[thawed].square().sum().backward()
+
+        assert tracker.num_backwards == 1
+        assert tracker.before.read()[thawed] == norm_of(parameters[thawed].grad)
+
+
+def test_a_frozen_parameter_stays_frozen() -> None:
+    with torch.inference_mode():
+        never = torch.ones(2)
+    parameters = {
+        "frozen": nn.Parameter(torch.ones(2), requires_grad=False),
+        "integers": nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False),
+        "inference": never,
+    }
+
+    tracked(parameters)
+
+    assert not any(entry.requires_grad for entry in parameters.values())
