@@ -56,11 +56,12 @@ class Lead:
     """A step before, traced as well: what it made and the script kept can then be followed.
 
     Attributes:
-        args, kwargs: of that step.
+        step: the function that did it, and the `args` and `kwargs` that it was given.
         settle: given what it returned, puts all that is known as the next step found it; False where the lead did not
             go as it had.
     """
 
+    step: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     settle: Callable[[Any], bool]
@@ -93,7 +94,7 @@ def retrace(
         for lead in leads:
             begins.append(tracer.begin_step())
             with tracer:
-                returned = step(*lead.args, **lead.kwargs)
+                returned = lead.step(*lead.args, **lead.kwargs)
             if not lead.settle(returned):
                 return Retraced(tracer.result(), returned, None)
             updated.clear()

@@ -209,7 +209,7 @@ class Faults:
         if self._policy == "record" or self.diagnosis is None:
             return Act(settles=True)
         with self._looking_back(index) as inquiry:
-            outcome = inquiry.undo(ran)
+            outcome = inquiry.undo()
         return self._act(outcome, self.diagnosis, index)
 
     def _act(self, outcome: Outcome, diagnosis: Diagnosis, index: int) -> Act:

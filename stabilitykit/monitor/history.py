@@ -28,11 +28,13 @@ class PastStep:
     """A step since the last snapshot: what it began with, and what it gave.  The batch is held by reference.
 
     Attributes:
+        function: that did it; a GAN's two take turns.
         tensors: of the batch; their versions when the step began are in `versions`.
         copied: the batch is our copy, which nobody else writes into.
     """
 
     index: int
+    function: Step
     moment: Moment
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -108,7 +110,9 @@ class History:
         wanted = self._snapshot_seconds / max(self._budget * self._step_seconds, 1e-9)
         return next((cadence for cadence in CADENCES if cadence >= max(wanted, SHORTEST)), CADENCES[-1])
 
-    def begin(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], *, touched: bool = False) -> None:
+    def begin(
+        self, index: int, function: Step, args: tuple[Any, ...], kwargs: dict[str, Any], *, touched: bool = False
+    ) -> None:
         """A step is about to run; `touched`: the caller knows of a change of state since the last one."""
         if self._cut or any(past.reading is None for past in self.recent()[-1:]):  # left half-way, by an exception
             self.forget()
@@ -125,7 +129,7 @@ class History:
             moment = self._state.moment()
         args, kwargs = clone_tree((args, kwargs)) if self._copy_batches else held_apart((args, kwargs))
         tensors = [tensor for _, tensor in tensors_of((args, kwargs))]
-        past = PastStep(index, moment, args, kwargs, tensors, _versions(tensors), self._copy_batches)
+        past = PastStep(index, function, moment, args, kwargs, tensors, _versions(tensors), self._copy_batches)
         self._held_bytes += past.num_bytes
         self._current.steps.append(past)
 

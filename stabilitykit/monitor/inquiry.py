@@ -135,7 +135,7 @@ class Inquiry:
         after = self.state.capture()
         written = self.late_writes()
         try:
-            exact = self._rewind(ran, written)
+            exact = self._rewind(written)
             before = self.state.capture() if self.goes_back else after
             self.begin(before if self.goes_back else None)
             args, kwargs = current.inputs()
@@ -180,7 +180,7 @@ class Inquiry:
         current = segment.steps[-1]
         for candidate in finding.rivals[:MOST_RIVALS]:
             others = {_index(rival) for rival in finding.rivals} - {_index(candidate)}
-            self.history.repeat(segment, current, lambda past: self._rerun(ran.function, past))
+            self.history.repeat(segment, current, self._rerun)
             self._write(written)
             self.begin(None)
             args, kwargs = current.inputs()
@@ -206,7 +206,7 @@ class Inquiry:
     ) -> tuple[Finding, int] | None:
         steps = [(segment, past) for segment in route for past in segment.steps][-depth - 1 :]
         *leads, current = (past for _, past in steps)
-        self.history.repeat(steps[0][0], leads[0], lambda past: self._rerun(ran.function, past))
+        self.history.repeat(steps[0][0], leads[0], self._rerun)
         self.begin(None)
         args, kwargs = current.inputs()
         leading = [self._lead(past, following) for past, following in pairwise((*leads, current))]
@@ -226,7 +226,7 @@ class Inquiry:
             self.begin(None)
             return past.reading is not None and past.reading.same_step(again)
 
-        return Lead(*past.inputs(), settle)
+        return Lead(past.function, *past.inputs(), settle)
 
     def _is_kept(self, finding: Finding) -> bool:
         """Whether it came by a tensor that the script keeps: a statistic, the weights of a teacher beside the model.
@@ -239,18 +239,18 @@ class Inquiry:
         foreign = (leaf for leaf in finding.leaves() if leaf.name not in self.subject.parameters)
         return any(leaf.kind in ("unknown", "parameter") for leaf in foreign)
 
-    def undo(self, ran: Ran) -> Outcome:
+    def undo(self) -> Outcome:
         """Go back to the start of the step that has just run, without a trace."""
         after = self.state.capture()
         try:
-            self._rewind(ran, self.late_writes())
+            self._rewind(self.late_writes())
         except Exception as error:  # noqa: BLE001 - see `hold`
             return Outcome(None, after, after, error)
         return Outcome(None, self.state.capture(), after)
 
-    def _rewind(self, ran: Ran, written: Mapping[str, Tensor]) -> bool:
+    def _rewind(self, written: Mapping[str, Tensor]) -> bool:
         """Put the state where the step began; whether all on the way was as it had been."""
-        exact = self.history.rewind(lambda past: self._rerun(ran.function, past))
+        exact = self.history.rewind(self._rerun)
         self._write(written)
         return exact
 
@@ -259,10 +259,10 @@ class Inquiry:
             for name, held in written.items():
                 self.subject.parameters[name].copy_(held)
 
-    def _rerun(self, step: Step, past: PastStep) -> Reading:
+    def _rerun(self, past: PastStep) -> Reading:
         self.begin(None)
         args, kwargs = past.inputs()
-        returned = step(*args, **kwargs)
+        returned = past.function(*args, **kwargs)
         return self.read(past.index, returned)
 
     def _intended(self, constants: set[str]) -> Callable[[Leaf], bool]:

@@ -210,7 +210,7 @@ class Monitor:
     def _replayable_step(self, function: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entered = time.perf_counter()
         args, kwargs = tuple(map(recorded, args)), {name: recorded(entry) for name, entry in kwargs.items()}
-        replayable = self._remember(args, kwargs)
+        replayable = self._remember(function, args, kwargs)
         self._begin_step()
         self._ledger.cost(self._started - entered)
         self._inside = True
@@ -252,12 +252,12 @@ class Monitor:
             self._ledger.own_error(error)
             self._history.forget()
 
-    def _remember(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _remember(self, function: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Hold what a replay would need; False where the state cannot be captured: the step then runs all the same."""
         try:
             if self._watched.look_again():
                 self._history.forget()
-            self._history.begin(self._step_index, args, kwargs, touched=self._watched.watch.touched())
+            self._history.begin(self._step_index, function, args, kwargs, touched=self._watched.watch.touched())
         except Exception as error:  # noqa: BLE001 - a stateful object of the caller's; training goes on
             self._ledger.own_error(error)
             self._history.forget()
