@@ -136,7 +136,7 @@ class Inquiry:
         written = self.late_writes()
         try:
             exact = self._rewind(written)
-            before = self.state.capture() if self.goes_back else after
+            before = self._begun(route[-1], written) if self.goes_back else after
             self.begin(before if self.goes_back else None)
             args, kwargs = current.inputs()
             retraced = retrace(self.subject, ran.function, args, kwargs, unused_gradients=unused)
@@ -253,6 +253,11 @@ class Inquiry:
         exact = self.history.rewind(self._rerun)
         self._write(written)
         return exact
+
+    def _begun(self, segment: Segment, written: Mapping[str, Tensor]) -> Snapshot:
+        """The state in which the current step begins, which the rewind has put back; no copy where there is one."""
+        held_already = len(segment.steps) == 1 and not written
+        return segment.snapshot if held_already else self.state.capture()
 
     def _write(self, written: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
