@@ -89,12 +89,18 @@ class Ledger:
         numbers: dict[str, float | Tensor] = {}
         for name, value in given.items():
             try:
-                one = isinstance(value, Tensor) and value.numel() == 1
+                one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
                 numbers[name] = value.detach().reshape(()) if one else float(value)
             except (TypeError, ValueError, RuntimeError):
-                got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.60}"
-                self.own_error(TypeError(f"{where}: got {got} as {name}, expected a number; it is left out"))
+                self._left_out(where, name, value)
         return numbers
+
+    def _left_out(self, where: str, name: str, value: object) -> None:
+        got = f"{value!r:.60}"
+        if isinstance(value, Tensor):
+            kind = "complex " if value.is_complex() else "meta " if value.is_meta else ""
+            got = f"a {kind}tensor of shape {tuple(value.shape)}"
+        self.own_error(TypeError(f"{where}: got {got} as {name}, expected a number; it is left out"))
 
     def event(self, event: Event) -> None:
         """Something that happened, written with the next step row."""
@@ -209,9 +215,7 @@ class Ledger:
         terms = {f"loss/{name}": value for name, value in reading.losses.items() if name in names[1:] or name != "loss"}
         self._loss_terms += [name for name in terms if name not in self._loss_terms]
         rates = {f"lr/{group}": rate for group, rate in enumerate(learning_rates) if group > 0}
-        given = {name: float(value) for name, value in self._scalars.items()}
-        self._scalars = {}
-        values = terms | rates | given
+        values = terms | rates | self._take_scalars()
         if not values:
             return None
         rows = np.zeros(len(values), SCALAR_ROW)
@@ -219,6 +223,17 @@ class Ledger:
         for position, (name, value) in enumerate(values.items()):
             rows[position] = (micro, self.recorder.scalar_id(name), value)
         return rows
+
+    def _take_scalars(self) -> dict[str, float]:
+        """The caller's numbers, brought over: one that cannot be is lost alone, and not met again."""
+        given, self._scalars = self._scalars, {}
+        taken: dict[str, float] = {}
+        for name, value in given.items():
+            try:
+                taken[name] = float(value)
+            except (TypeError, ValueError, RuntimeError):
+                self._left_out("log", name, value)
+        return taken
 
     def _audit(self, step: int) -> Rows | None:
         every = self._config.audit_every
