@@ -9,11 +9,12 @@ import os
 import platform
 import sys
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from torch import nn
 from stabilitykit.config import MonitorConfig
 from stabilitykit.diagnose.site import Site
 from stabilitykit.errors import RunFolderError
-from stabilitykit.record.ending import machine_id, process_start
+from stabilitykit.record.ending import ended_attempt, is_running, machine_id, this_process
 from stabilitykit.record.folder import replace_file
 from stabilitykit.schema import SCHEMA_VERSION, plain
 
@@ -41,34 +42,26 @@ class RunFile:
         """Make the folder and its `run.json`, or add an attempt to the one that is there.
 
         Raises:
-            RunFolderError: the folder holds another run and `resume` is off, or it cannot be written.
+            RunFolderError: the folder holds another run and `resume` is off, another process records into it, or it
+                cannot be written.
         """
-        path = folder / "run.json"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            exists = path.exists()
-            facts = json.loads(path.read_text()) if exists else _facts(folder, model, config)
+            with _claimed(folder):
+                exists = (folder / "run.json").exists()
+                facts = _read(folder) if exists else _facts(folder, model, config)
+                if exists:
+                    _refuse_if_taken(folder, facts, config)
+                attempts = facts.setdefault("attempts", [])
+                started = datetime.now(UTC).isoformat(timespec="seconds")
+                attempts.append({"attempt": len(attempts), "created": started} | this_process())
+                made = cls(folder, facts, len(attempts) - 1)
+                made.write()
+        except RunFolderError:
+            raise
         except (OSError, ValueError) as error:
             raise RunFolderError(
                 f"run folder {folder}: {error}, expected one that can be written; choose another run_dir"
             ) from error
-        if exists and not config.resume:
-            raise RunFolderError(
-                f"run folder {folder}: holds the run of {facts.get('created', '?')}, expected a new one; "
-                "choose another run_dir, or pass MonitorConfig(resume=True) to go on with that run"
-            )
-        attempts = facts.setdefault("attempts", [])
-        attempts.append(
-            {
-                "attempt": len(attempts),
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "pid": os.getpid(),
-                "process_start": process_start(os.getpid()),
-                "machine": machine_id(),
-            }
-        )
-        made = cls(folder, facts, len(attempts) - 1)
-        made.write()
         return made
 
     def update(self, facts: Mapping[str, Any]) -> str:
@@ -94,6 +87,51 @@ class RunFile:
             replace_file(self.folder, self.folder / "run.json", json.dumps(plain(self._facts), indent=1).encode())
         except OSError as error:
             raise RunFolderError(f"run folder {self.folder}: {error}, expected one that can be written") from error
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Hold the folder while its `run.json` is looked for and written: of two processes, one is first.
+
+    Creating a file that must not exist is atomic on network file systems as well, where locks may not be.
+    """
+    claim = folder / "tmp" / "claim"
+    claim.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
+    except FileExistsError as error:
+        raise RunFolderError(
+            f"run folder {folder}: another process is attaching to it, expected one folder a process; choose another "
+            f"run_dir (where none is, one was killed as it attached: remove {claim})"
+        ) from error
+    try:
+        yield
+    finally:
+        claim.unlink(missing_ok=True)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    facts = json.loads((folder / "run.json").read_text())
+    attempts = facts.get("attempts", []) if isinstance(facts, dict) else None
+    if not isinstance(attempts, list) or not all(isinstance(entry, dict) for entry in attempts):
+        raise ValueError("run.json is damaged")
+    return cast("dict[str, Any]", facts)
+
+
+def _refuse_if_taken(folder: Path, facts: Mapping[str, Any], config: MonitorConfig) -> None:
+    """Refuse a folder that holds a run, unless it is to go on and no other process is at it."""
+    if not config.resume:
+        raise RunFolderError(
+            f"run folder {folder}: holds the run of {facts.get('created', '?')}, expected a new one; "
+            "choose another run_dir, or pass MonitorConfig(resume=True) to go on with that run"
+        )
+    last = facts["attempts"][-1] if facts.get("attempts") else {}
+    process = (last.get("pid"), str(last.get("process_start")), str(last.get("machine")))
+    if process[0] != os.getpid() and is_running(*process) and ended_attempt(folder) != last.get("attempt"):
+        raise RunFolderError(
+            f"run folder {folder}: process {process[0]} still records into it, expected a run that has ended; "
+            "end that process, or choose another run_dir"
+        )
 
 
 def _facts(folder: Path, model: nn.Module, config: MonitorConfig) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class Run:
             return cast("Ending", ending)
         process = self.meta | self._last_attempt
         pid, started, machine = (process.get(fact) for fact in ("pid", "process_start", "machine"))
-        return "running" if isinstance(pid, int) and is_running(pid, str(started), str(machine)) else "killed"
+        return "running" if is_running(pid, str(started), str(machine)) else "killed"
 
     @property
     def diagnosis(self) -> Diagnosis | None:

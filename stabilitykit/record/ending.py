@@ -39,6 +39,15 @@ def write_ending(run_dir: Path, ending: Ending, step: int, error: str = "", *, a
     return True
 
 
+def ended_attempt(run_dir: Path) -> int | None:
+    """The attempt that `ending.json` tells of; None where there is none that can be read."""
+    try:
+        attempt = json.loads((run_dir / "ending.json").read_text(encoding="utf-8"))["attempt"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return attempt if isinstance(attempt, int) else None
+
+
 def machine_id() -> str:
     """Opaque id of this machine since its last boot: process ids mean nothing elsewhere or afterwards."""
     try:
@@ -59,9 +68,11 @@ def process_start(pid: int) -> str:
     return "" if state in b"ZX" else started.decode()
 
 
-def is_running(pid: int, started: str, machine: str) -> bool:
+def is_running(pid: object, started: str, machine: str) -> bool:
     """Whether the process that noted these three facts about itself still runs here."""
-    return bool(started) and machine == machine_id() and process_start(pid) == started
+    if not isinstance(pid, int) or not started:
+        return False
+    return machine == machine_id() and process_start(pid) == started
 
 
 def this_process() -> dict[str, int | str]:
