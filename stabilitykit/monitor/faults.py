@@ -116,7 +116,17 @@ class Faults:
         """There is a fault: write it down."""
         self._num_faults += 1
         self.diagnosis = self.diagnosis or diagnosis
-        self._ledger.fault(index, diagnosis, self._num_faults)
+        self._ledger.fault(index, diagnosis)
+
+    def conclude_briefly(self, reading: Reading) -> None:
+        """A fault after the first few: an event."""
+        self._num_faults += 1
+        self._ledger.event(wording.later_fault(reading))
+
+    @property
+    def enough(self) -> bool:
+        """Whether the run has as many diagnoses as it may have, without a replay: one is always made."""
+        return self._num_faults >= max(self._config.replays, 1)
 
     def facts(self, index: int) -> Mapping[str, Any]:
         """The part of a diagnosis' context that is known without looking."""
@@ -203,9 +213,8 @@ class Faults:
         return Act(skipped=ran.raised is not None)
 
     def _act_briefly(self, ran: Ran, index: int) -> Act:
-        """A fault after the first few: an event, and what `on_nonfinite` says, without another diagnosis."""
-        self._num_faults += 1
-        self._ledger.event(wording.later_fault(ran.reading))
+        """A fault after the first few: what `on_nonfinite` says, without another diagnosis."""
+        self.conclude_briefly(ran.reading)
         if self._policy == "record" or self.diagnosis is None:
             return Act(settles=True)
         with self._looking_back(index) as inquiry:

@@ -22,7 +22,7 @@ from stabilitykit.monitor.cadence import Cadence
 from stabilitykit.monitor.runfile import RunFile
 from stabilitykit.record import Recorder
 from stabilitykit.record.ending import write_ending
-from stabilitykit.record.folder import replace_file
+from stabilitykit.record.folder import last_diagnosis, replace_file
 from stabilitykit.schema import SCALAR_ROW, STEP_ROW, Diagnosis, Ending, Event
 from stabilitykit.watch.buffer import Audit, full_audit, preprocessing
 from stabilitykit.watch.reading import Reading
@@ -56,6 +56,7 @@ class Ledger:
         self._pid = os.getpid()
         self._last_step = -1
         self._num_own_errors = 0
+        self._num_diagnoses = last_diagnosis(run_dir)
         self._cadence = Cadence(config.cadence, config.budget)
         self._known_findings: set[tuple[str, str]] = set()
 
@@ -169,8 +170,10 @@ class Ledger:
         self.recorder.write(step, steps=row, tensors=rows, scalars=scalars, buffer=buffer, events=events)
         self._cadence.end(seconds, next(iter(reading.losses.values()), math.nan), reading.grad_norm)
 
-    def fault(self, step: int, diagnosis: Diagnosis, number: int) -> None:
-        """Write `diagnosis.json` (later ones are numbered) and an event, before anything is raised."""
+    def fault(self, step: int, diagnosis: Diagnosis) -> None:
+        """Write `diagnosis.json` (later ones, of later attempts too, are numbered) and an event, before any raise."""
+        self._num_diagnoses += 1
+        number = self._num_diagnoses
         name = "diagnosis.json" if number == 1 else f"diagnosis-{number:04d}.json"
         self.event(
             Event(

@@ -328,13 +328,19 @@ class Monitor:
         if self._concluded or not is_doubtful(reading, watched.model, watched.watch):
             return reading
         self._concluded = True
-        context = Context(proof="hooks", **self._faults.facts(self._step_index))
-        diagnosis = by_hooks(symptoms(watched.watch, reading), context)
-        self._faults.conclude(diagnosis, self._step_index)
-        if self._policy == "raise":
-            self._finish(reading, skipped=True)
-            raise self._error(diagnosis)
+        if self._faults.enough and self._policy != "raise":
+            self._faults.conclude_briefly(reading)
+        else:
+            self._conclude_unwrapped(reading)
         if before_update and self._policy in ("skip", "rollback"):
             for parameter in watched.parameters.values():
                 parameter.grad = None  # an optimizer passes over parameters without a gradient
         return reading
+
+    def _conclude_unwrapped(self, reading: Reading) -> None:
+        context = Context(proof="hooks", **self._faults.facts(self._step_index))
+        diagnosis = by_hooks(symptoms(self._watched.watch, reading), context)
+        self._faults.conclude(diagnosis, self._step_index)
+        if self._policy == "raise":
+            self._finish(reading, skipped=True)
+            raise self._error(diagnosis)

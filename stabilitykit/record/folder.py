@@ -12,6 +12,7 @@ from stabilitykit.schema import TABLES
 
 _SEGMENT = re.compile(r"segment-(\d{6,})\.log")
 _PART = re.compile(r"part-(\d{6,})\.parquet")
+_DIAGNOSIS = re.compile(r"diagnosis(?:-(\d{4,}))?\.json")
 _RANK = re.compile(r"rank=(\d+)")
 
 
@@ -49,6 +50,12 @@ def next_number(run_dir: Path, rank: int) -> int:
     """A segment number the rank has never used, whether as a segment or as a part."""
     used = [*list_segments(run_dir), *(entry for table in TABLES for entry in list_parts(run_dir, table))]
     return 1 + max((number for owner, number in used if owner == rank), default=-1)
+
+
+def last_diagnosis(run_dir: Path) -> int:
+    """The highest number of a diagnosis in the folder, 1 for `diagnosis.json`, 0 where there is none."""
+    found = (_DIAGNOSIS.fullmatch(file.name) for file in run_dir.glob("diagnosis*.json"))
+    return max((int(match[1] or 1) for match in found if match), default=0)
 
 
 def replace_file(run_dir: Path, path: Path, content: bytes, *, durable: bool = True) -> None:

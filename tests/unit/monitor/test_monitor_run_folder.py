@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import stabilitykit as sk
 from stabilitykit.monitor import runfile
@@ -77,3 +78,42 @@ def test_a_damaged_run_json_is_not_gone_on_with(content: str, tmp_path: Path) ->
         sk.attach(nn.Linear(2, 2), None, tmp_path / "run", config=QUIET.replace(resume=True))
 
     assert (tmp_path / "run" / "run.json").read_text() == content
+
+
+def faulty_attempt(run_dir: Path, config: sk.MonitorConfig, bad: int, *, wrapped: bool = True) -> sk.Monitor:
+    """Steps up to the eighth; from `bad` on, each is given a NaN."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(batch: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = model(batch).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    with sk.attach(model, optimizer, run_dir, config=config, on_nonfinite="record") as monitor:
+        train_step = monitor.replayable(step) if wrapped else step
+        for index in range(config.first_step, 8):
+            train_step(torch.full((3, 2), torch.nan if index >= bad else 1.0))
+    return monitor
+
+
+def test_a_resumed_attempt_leaves_the_diagnosis_of_the_run_s_first_fault(tmp_path: Path) -> None:
+    faulty_attempt(tmp_path / "run", QUIET, bad=7)
+    first = (tmp_path / "run" / "diagnosis.json").read_bytes()
+
+    faulty_attempt(tmp_path / "run", QUIET.replace(resume=True, first_step=3), bad=6)
+
+    assert (tmp_path / "run" / "diagnosis.json").read_bytes() == first
+    assert [found.origin.step for found in sk.open_run(tmp_path / "run").diagnoses] == [7, 6, 7]
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_faults_beyond_those_replayed_are_events_and_no_files(wrapped: bool, tmp_path: Path) -> None:
+    monitor = faulty_attempt(tmp_path / "run", QUIET.replace(replays=2), bad=1, wrapped=wrapped)
+
+    run = sk.open_run(tmp_path / "run")
+    assert run.diagnosis.verdict == monitor.diagnosis.verdict
+    assert [file.name for file in sorted(run.path.glob("diag*"))] == ["diagnosis-0002.json", "diagnosis.json"]
+    assert run.events()["step"].tolist() == [1, 2, 3, 4, 5, 6, 7]
