@@ -125,10 +125,12 @@ def one_row_a_step(steps: pd.DataFrame) -> pd.DataFrame:
 def first_nonfinite(steps: pd.DataFrame, events: pd.DataFrame) -> tuple[int, str] | None:
     """The first step at which something non-finite was noticed, and what; for runs that were not diagnosed.
 
-    An Inf in a norm counts unless its step was skipped, as a scaler does. A NaN may also mean "not measured", so it
-    counts in the loss alone, and there only when the loss was known at nearly every step before.
+    An Inf in a norm counts unless its step was skipped, as a scaler does, or the gradients were finite when the
+    optimizer used them. A NaN may also mean "not measured", so it counts in the loss alone, and there only when the
+    loss was known at nearly every step before.
     """
     skipped = steps["skipped"].to_numpy() > 0
+    mended = np.isfinite(steps["grad_norm_clipped"].to_numpy(np.float64))
     found = [
         (int(step), str(message))
         for step, message, kind, severity in events[["step", "message", "kind", "severity"]].itertuples(index=False)
@@ -136,7 +138,7 @@ def first_nonfinite(steps: pd.DataFrame, events: pd.DataFrame) -> tuple[int, str
     ]
     for column, label in WATCHED.items():
         values = steps[column].to_numpy(np.float64)
-        bad = np.isinf(values) & ~(skipped & (column != "loss"))
+        bad = np.isinf(values) & ~(skipped & (column != "loss")) & ~(mended & (column == "grad_norm"))
         bad |= went_nan(values) if column == "loss" else False
         if bad.any():
             position = int(np.argmax(bad))

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from stabilitykit.measure.norms import Norms, tensor_norms
-from stabilitykit.measure.values import ordinary
+from stabilitykit.measure.norms import Norms, fusible, tensor_norms
 
 
 class GradientTracker:
@@ -38,7 +37,7 @@ class GradientTracker:
         self._parameters = parameters
         self._unseen = unseen  # runs a function of ours so that a tracer does not take it for the step's
         self._on_end = on_end
-        self._ordinary = all(ordinary(entry) for entry in parameters.values())
+        self._fusible = all(fusible(entry) for entry in parameters.values())
         hooks = [_hooked(entry, _Accumulated(self)) for entry in parameters.values()]
         self._handles = [handle for handle in hooks if handle is not None]
         self.begin()
@@ -87,10 +86,12 @@ class GradientTracker:
         names, gradients = self._held()
         self._versions = _versions(gradients)
         self.before = Norms(names, self._norms(gradients))
+        if self.before.known_bad():  # what changes the gradients next takes away what tells an overflow from an Inf
+            self.before.widen(dict(zip(names, gradients, strict=True)))
 
     def _norms(self, gradients: list[Tensor]) -> Sequence[Tensor]:
         """Of an ordinary parameter, a gradient is ordinary too unless it is sparse or someone put another one there."""
-        if self._ordinary and all(type(entry) is Tensor and entry.layout == torch.strided for entry in gradients):
+        if self._fusible and all(type(entry) is Tensor and entry.layout == torch.strided for entry in gradients):
             return torch._foreach_norm(gradients) if gradients else ()
         return tensor_norms(gradients)
 

@@ -99,6 +99,11 @@ class Sentinel:
         seen = {name: brought[name] if name in brought else float(entry) for name, entry in losses.items()}
         stepping = [optimizer for optimizer, found in self._stepping if found is None or next(received) == 0]
         changed = self.gradients.changed
+        for gradients in [clipped] if changed else [before, clipped]:
+            if gradients.bad():
+                gradients.widen(
+                    {name: grad for name, entry in self._parameters.items() if (grad := entry.grad) is not None}
+                )
         bad_gradients = self._confirmed_gradients(before, still_there=not changed)
         bad_clipped = self._confirmed_gradients(clipped, still_there=True)
         return Reading(

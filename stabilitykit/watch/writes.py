@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from stabilitykit.measure.norms import Norms, tensor_norms, transfer
-from stabilitykit.measure.values import ordinary
+from stabilitykit.measure.norms import Norms, fusible, tensor_norms, transfer
 
 SMALL = 1 << 18  # values that may be read again before each step: 40 us
 PORTIONS = 16  # of more than that, on the CPU, where memory is slow: one before each step
@@ -26,7 +25,7 @@ class ParameterNorms:
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._names, self._tensors = list(parameters), list(parameters.values())
-        self._ordinary = all(ordinary(entry) for entry in self._tensors)
+        self._fusible = all(fusible(entry) for entry in self._tensors)
         self._pointers: Sequence[int] = ()
         self._after: Sequence[float] = ()  # norms when the last step ended
         portions = _portions(self._tensors)
@@ -65,16 +64,16 @@ class ParameterNorms:
 
     def _measure(self, tensors: list[Tensor]) -> Sequence[Tensor]:
         with torch.no_grad():
-            return torch._foreach_norm(tensors) if tensors and self._are_ordinary() else tensor_norms(tensors)
+            return torch._foreach_norm(tensors) if tensors and self._are_fusible() else tensor_norms(tensors)
 
-    def _are_ordinary(self) -> bool:
+    def _are_fusible(self) -> bool:
         """As when last looked at, while the memory is the same: a change of device or dtype moves it."""
-        if self._ordinary:
+        if self._fusible:
             pointers = [entry.data_ptr() for entry in self._tensors]
             if pointers != self._pointers:
-                self._ordinary = all(ordinary(entry) for entry in self._tensors)
+                self._fusible = all(fusible(entry) for entry in self._tensors)
                 self._pointers = pointers
-        return self._ordinary
+        return self._fusible
 
 
 def _portions(tensors: Sequence[Tensor]) -> Sequence[Sequence[int]]:

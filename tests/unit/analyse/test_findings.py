@@ -18,7 +18,7 @@ NO_EVENTS = pd.DataFrame({"step": [], "kind": [], "severity": [], "message": []}
 
 def steps(**columns: list[float]) -> pd.DataFrame:
     length = len(next(iter(columns.values())))
-    empty = {"loss": [math.nan] * length, "grad_norm": [math.nan] * length, "parameter_norm": [math.nan] * length}
+    empty = {name: [math.nan] * length for name in ("loss", "grad_norm", "grad_norm_clipped", "parameter_norm")}
     return pd.DataFrame({"step": range(length), "skipped": [0] * length} | empty | columns)
 
 
@@ -72,6 +72,13 @@ def test_an_event_of_a_non_finite_value_is_a_fault_also_where_the_loss_is_unknow
 )
 def test_what_was_not_measured_or_was_skipped_by_a_scaler_is_no_fault(columns: dict[str, list[float]]) -> None:
     assert first_nonfinite(steps(**columns), NO_EVENTS) is None
+
+
+def test_gradients_that_were_finite_when_the_optimizer_used_them_are_no_fault() -> None:
+    infinite = [math.inf, math.inf]
+
+    assert first_nonfinite(steps(grad_norm=infinite, grad_norm_clipped=[1.0, 0.0]), NO_EVENTS) is None
+    assert first_nonfinite(steps(grad_norm=infinite, grad_norm_clipped=infinite), NO_EVENTS) is not None
 
 
 def test_a_resumed_run_shows_the_later_attempt(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from stabilitykit.measure.norms import combine, tensor_norms, transfer
+from stabilitykit.measure.norms import Norms, combine, tensor_norms, transfer
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -51,6 +51,34 @@ def test_tensors_of_several_dtypes_and_layouts_keep_their_places() -> None:
     ]
 
     assert transfer(tensor_norms(tensors)) == [5.0, 5.0, 5.0, 5.0, 0.0, 5.0, 0.0]
+
+
+@pytest.mark.parametrize("others", [[], [torch.ones(2)], [torch.ones(2, dtype=torch.float64)]], ids=len)
+def test_finite_float16_values_have_a_finite_norm(others: list[Tensor]) -> None:
+    tensor = torch.full((100, 100), 2000.0, dtype=torch.float16)
+
+    (norm, *_) = transfer(tensor_norms([tensor, *others]))
+
+    assert norm == pytest.approx(200_000.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+def test_a_norm_that_overflowed_is_measured_anew_and_one_of_a_bad_value_stays_bad(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max / 4
+    tensors = {
+        "large": torch.full((4,), largest, dtype=dtype),
+        "infinite": torch.tensor([1.0, math.inf], dtype=dtype),
+        "nan": torch.tensor([largest, math.nan], dtype=dtype),
+        "gone": torch.full((4,), largest, dtype=dtype),
+        "small": torch.ones(4, dtype=dtype),
+    }
+    norms = Norms(list(tensors), tensor_norms(tensors.values()))
+    assert set(norms.read()) - set(norms.bad()) == {"small"}
+
+    norms.widen({name: tensor for name, tensor in tensors.items() if name != "gone"})
+
+    assert norms.values[0] == pytest.approx(2 * largest, rel=1e-2)
+    assert set(norms.bad()) == {"infinite", "nan", "gone"}
 
 
 def test_no_tensors_have_no_norms() -> None:

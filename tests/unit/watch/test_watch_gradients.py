@@ -141,3 +141,31 @@ def test_a_frozen_parameter_stays_frozen() -> None:
     tracked(parameters)
 
     assert not any(entry.requires_grad for entry in parameters.values())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor"), [(torch.float16, 3000.0), (torch.bfloat16, 1e30), (torch.float32, 1e30)], ids=str
+)
+def test_a_gradient_that_only_overflowed_its_norm_is_told_before_clipping_changes_it(
+    dtype: torch.dtype, factor: float
+) -> None:
+    parameters = {"weight": nn.Parameter(torch.ones(1000, dtype=dtype))}
+    tracker = tracked(parameters)
+
+    (parameters["weight"] * factor).sum().backward()
+    with torch.no_grad():
+        parameters["weight"].grad.mul_(1e-3)
+    tracker.update_begins()
+
+    assert tracker.before.read()["weight"] == pytest.approx(factor * 1000**0.5, rel=1e-2)
+
+
+def test_an_infinite_gradient_is_told_although_it_is_mended_afterwards(parameters) -> None:
+    tracker = tracked(parameters)
+
+    (parameters["small"] * torch.tensor([1.0, float("inf"), 1.0])).sum().backward()
+    parameters["small"].grad.nan_to_num_(posinf=0.0)
+    tracker.update_begins()
+
+    assert tracker.before.read() == {"small": float("inf")}
+    assert tracker.clipped.read() == {"small": pytest.approx(2**0.5)}
