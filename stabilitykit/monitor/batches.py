@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import UserDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from stabilitykit.random_states import RandomStates
+from stabilitykit.snapshot import holds_live, tensors_of
 
 _PLAIN_ITERATORS = (
     "builtins",
@@ -113,7 +115,36 @@ def _rebuilt(value: Any, pass_on: Callable[[Recorded], Any]) -> Any:
         return {key: entry if type(entry) in _AS_IT_IS else _rebuilt(entry, pass_on) for key, entry in value.items()}
     if isinstance(value, Recorded):
         return pass_on(value)
-    return copy.copy(value) if _is_data(value) else value
+    if _is_data(value):
+        with suppress(Exception):  # the caller's class
+            return copy.copy(value)
+    return value
+
+
+def copied(value: Any) -> Any:
+    """The same with tensors of its own, which nobody else writes into; a model, or what holds one, stays itself."""
+    kind = type(value)
+    if isinstance(value, Tensor):
+        return value if isinstance(value, nn.Parameter) else value.detach().clone()
+    if kind is tuple or kind is list:
+        return kind([copied(entry) for entry in value])
+    if kind is dict:
+        return {key: copied(entry) for key, entry in value.items()}
+    if kind in _AS_IT_IS - {np.ndarray} or holds_live(value):
+        return value
+    with suppress(Exception):  # the caller's class
+        return copy.deepcopy(value)
+    return value
+
+
+def given_tensors(entries: Iterable[Any]) -> list[Tensor]:
+    """The tensors of a batch; those of a trainer among the arguments are state."""
+    return [
+        tensor
+        for entry in entries
+        if isinstance(entry, Tensor | tuple | list | dict) or not holds_live(entry)
+        for _, tensor in tensors_of(entry)
+    ]
 
 
 def taken_from(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -127,6 +158,4 @@ def _is_data(value: Any) -> bool:
         return True
     if isinstance(value, _NO_DATA) or not hasattr(value, "__dict__"):
         return False
-    attributes = vars(value).values()
-    has_tensor = any(isinstance(entry, Tensor) for entry in attributes)
-    return has_tensor and not any(isinstance(entry, nn.Module | Optimizer) for entry in attributes)
+    return any(isinstance(entry, Tensor) for entry in vars(value).values()) and not holds_live(value)

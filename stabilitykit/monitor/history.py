@@ -13,8 +13,8 @@ from torch import Tensor
 
 from stabilitykit.config import CADENCES, MonitorConfig
 from stabilitykit.measure.values import is_finite
-from stabilitykit.monitor.batches import given_again, held_apart, taken_from
-from stabilitykit.snapshot import Moment, Snapshot, TrainingState, clone_tree, tensors_of
+from stabilitykit.monitor.batches import copied, given_again, given_tensors, held_apart, taken_from
+from stabilitykit.snapshot import Moment, Snapshot, TrainingState, tensors_of
 from stabilitykit.watch.reading import Reading
 
 Step = Callable[..., Any]
@@ -30,7 +30,7 @@ class PastStep:
     Attributes:
         function: that did it; a GAN's two take turns.
         tensors: of the batch; their versions when the step began are in `versions`.
-        copied: the batch is our copy, which nobody else writes into.
+        copied: the batch is our copy, but for what cannot be copied.
     """
 
     index: int
@@ -57,12 +57,12 @@ class PastStep:
 
     def batch_untouched(self) -> bool:
         """Whether the batch is still what the step was given: nobody has written into it."""
-        return self.copied or self.versions == _versions(self.tensors)
+        return self.versions == _versions(self.tensors)
 
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments for a re-run, which may write into them as well."""
         arguments: tuple[tuple[Any, ...], dict[str, Any]] = given_again((self.args, self.kwargs))
-        return clone_tree(arguments) if self.copied else arguments
+        return copied(arguments) if self.copied else arguments
 
 
 @dataclass
@@ -127,8 +127,8 @@ class History:
             moment = snapshot.moment
         else:
             moment = self._state.moment()
-        args, kwargs = clone_tree((args, kwargs)) if self._copy_batches else held_apart((args, kwargs))
-        tensors = [tensor for _, tensor in tensors_of((args, kwargs))]
+        args, kwargs = copied((args, kwargs)) if self._copy_batches else held_apart((args, kwargs))
+        tensors = given_tensors((*args, *kwargs.values()))
         past = PastStep(index, function, moment, args, kwargs, tensors, _versions(tensors), self._copy_batches)
         self._held_bytes += past.num_bytes
         self._current.steps.append(past)
@@ -139,7 +139,9 @@ class History:
             self._current.steps[-1].reading = reading
             self._held_bytes += self._current.steps[-1].hold_taken()
             self._step_seconds = _smooth(self._step_seconds, seconds)
-            if not self._current.steps[-1].batch_untouched():  # a step that normalises its batch in place
+            if not (
+                self._copy_batches or self._current.steps[-1].batch_untouched()
+            ):  # a step that normalises its batch in place
                 self._copy_batches = True
                 self.forget()
         self._fingerprint = self._state.fingerprint()

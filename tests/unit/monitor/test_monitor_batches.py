@@ -7,6 +7,7 @@ import itertools
 from collections import UserDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from stabilitykit.monitor.batches import Recorded, given_again, held_apart, recorded
+from stabilitykit.monitor.batches import Recorded, copied, given_again, given_tensors, held_apart, recorded
 
 
 @dataclass
@@ -79,6 +80,80 @@ def test_an_object_with_a_model_is_no_batch() -> None:
     trainer = Trainer()
 
     assert held_apart(trainer) is trainer
+
+
+class Slots:
+    """A state object without a dictionary."""
+
+    __slots__ = ("optimizer",)
+
+    def __init__(self) -> None:
+        self.optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))])
+
+
+class Run:
+    """A state object that leads to a model, and has a tensor beside."""
+
+    def __init__(self) -> None:
+        self.trainer, self.best = Trainer(), torch.zeros(())
+
+
+class Unwilling:
+    """A batch that cannot be copied, neither way."""
+
+    def __init__(self) -> None:
+        self.x = torch.ones(2)
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise TypeError("holds a file")
+
+
+@pytest.mark.parametrize(
+    "live",
+    [
+        nn.Linear(1, 1),
+        nn.Parameter(torch.ones(1)),
+        Trainer(),
+        Run(),
+        Slots(),
+        partial(nn.Linear(1, 1).forward),
+        nn.Linear(1, 1).forward,
+        {1: Run()}.values(),
+    ],
+)
+def test_what_leads_to_a_model_or_an_optimizer_is_never_copied(live: object) -> None:
+    batch = torch.ones(2)
+
+    kept, (beside,) = copied([live, (batch,)])
+
+    assert kept is live
+    assert held_apart(live) is live
+    assert torch.equal(beside, batch)
+    assert beside is not batch
+
+
+def test_a_batch_that_cannot_be_copied_is_held_itself() -> None:
+    batch = Unwilling()
+
+    assert held_apart(batch) is batch
+    assert copied(batch) is batch
+
+
+def test_a_batch_of_a_class_of_its_own_is_copied_with_its_tensors() -> None:
+    batch = Item(torch.ones(2))
+
+    kept = copied(batch)
+    batch.x.zero_()
+
+    assert torch.equal(kept.x, torch.ones(2))
+
+
+def test_the_tensors_of_a_trainer_are_not_the_batchs() -> None:
+    x, y = torch.ones(1), torch.ones(2)
+
+    found = given_tensors([x, Trainer(), Item(y), {"x": x}])
+
+    assert [id(tensor) for tensor in found] == [id(x), id(y), id(x)]
 
 
 @pytest.mark.parametrize(
