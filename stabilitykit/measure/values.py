@@ -16,8 +16,9 @@ _ORDINARY = (Tensor, torch.nn.Parameter)
 def values(tensor: Tensor) -> Tensor | None:
     """The stored numbers of `tensor` as a real, dense, detached tensor; a view where that is possible.
 
-    Sparse tensors give their stored values, complex ones both parts (a last dimension of 2), float8 is widened to
-    float32, DTensors give the local shard (no collective is ever issued).
+    Sparse tensors give their stored values (an embedding's gradient holds several for a row: their sum), complex ones
+    both parts (a last dimension of 2), float8 is widened to float32, DTensors give the local shard (no collective is
+    ever issued).
 
     Returns:
         None where there is nothing that could be non-finite or nothing to read: integers, bools, meta and fake tensors,
@@ -33,7 +34,7 @@ def values(tensor: Tensor) -> Tensor | None:
     if plain.is_nested or plain.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
         plain = plain.values()
     elif plain.layout == torch.sparse_coo:
-        plain = plain._values()
+        plain = _coalesced(plain)._values()
     if plain.is_complex():
         plain = torch.view_as_real(plain.resolve_conj())
     if plain.layout != torch.strided or plain.is_quantized:
@@ -44,6 +45,13 @@ def values(tensor: Tensor) -> Tensor | None:
         return plain if plain.dtype in EXACT else plain.float()
     except NotImplementedError:  # a storage-only dtype
         return None
+
+
+def _coalesced(tensor: Tensor) -> Tensor:
+    try:
+        return tensor if tensor.is_coalesced() else tensor.coalesce()
+    except RuntimeError:  # no kernel for the dtype
+        return tensor
 
 
 def numbers(tensor: Tensor) -> Tensor | None:

@@ -104,7 +104,8 @@ class Monitor:
         """Wrap a training step so that a failing one can be put back and run again; one call is one step.
 
         The function gets its batch as arguments and does zero_grad, forward, backward and the optimizer's step; what it
-        returns is handed on (`skip` and `rollback` give None). Return the loss: it is checked as well.
+        returns is handed on (`skip` and `rollback` give None). Return the loss, alone, first in a tuple or as
+        `loss` in a mapping: it is checked as well.
         """
         refuse_deferred(function)
         self._mode = "replayable"

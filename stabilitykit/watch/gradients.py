@@ -63,7 +63,7 @@ class GradientTracker:
             uncounted: a dispatch mode is active, under which foreach kernels write without moving version counters.
         """
         names, gradients = self._held()
-        versions = _versions(gradients)
+        versions = versions_of(gradients)
         if uncounted or versions != self._versions or names != self.before.names:
             self.changed = True
             self._versions = versions
@@ -84,7 +84,7 @@ class GradientTracker:
 
     def _measure(self) -> None:
         names, gradients = self._held()
-        self._versions = _versions(gradients)
+        self._versions = versions_of(gradients)
         self.before = Norms(names, self._norms(gradients))
         if self.before.known_bad():  # what changes the gradients next takes away what tells an overflow from an Inf
             self.before.widen(dict(zip(names, gradients, strict=True)))
@@ -128,5 +128,6 @@ def _hooked(parameter: Tensor, hook: _Accumulated) -> RemovableHandle | None:
             parameter.requires_grad_(False)
 
 
-def _versions(gradients: Sequence[Tensor]) -> list[tuple[int, int]]:
+def versions_of(gradients: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Changes when one is written to, or another is put in its place."""
     return [(id(entry), entry._version) for entry in gradients]

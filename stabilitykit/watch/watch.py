@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from stabilitykit.config import MonitorConfig
 from stabilitykit.errors import NonFiniteError
 from stabilitykit.measure.values import is_finite
-from stabilitykit.snapshot import tensors_of
 from stabilitykit.watch.modules import ModuleWatch
 from stabilitykit.watch.parameters import ParameterWatch
 from stabilitykit.watch.reading import Reading
+from stabilitykit.watch.returned import returned_numbers
 from stabilitykit.watch.rows import Names, RowCollector
 from stabilitykit.watch.sentinel import Sentinel
 
@@ -102,10 +102,11 @@ class Watch:
 
     def read(self, returned: Any, terms: Mapping[str, Tensor | float]) -> Reading:
         """Judge the step: what it returned, the loss terms that were logged, gradients, parameters, module buffers."""
-        losses: dict[str, Tensor | float] = {"loss": returned} if isinstance(returned, float) else {}
-        for path, tensor in tensors_of(returned):
-            if tensor.numel() == 1 and tensor.is_floating_point() and path not in self._acquitted:
-                losses[f"loss{path}"] = tensor.detach().reshape(())
+        losses = {
+            f"loss{path}": entry.detach().reshape(()) if isinstance(entry, Tensor) else entry
+            for path, entry in returned_numbers(returned).items()
+            if path not in self._acquitted
+        }
         excused = [f"loss{path}" for path, times in self._suspected.items() if times >= PATIENCE]
         return self._sentinel.read(losses | dict(terms), excused)
 
@@ -124,15 +125,17 @@ class Watch:
     def acquit(self, reading: Reading, returned: Any) -> None:
         """What looked bad does no harm (a metric of 0 / 0): do not look into it again.
 
-        What has a gradient may be a loss that was left out this once: it is looked into a few times.
+        What has a gradient may be a loss that was left out this once, and so may a Python number that stands where the
+        loss does: they are looked into a few times.
         """
         self._sentinel.accept(reading)
-        for path, tensor in tensors_of(returned):
-            if tensor.numel() == 1 and not is_finite(tensor):
-                if tensor.requires_grad:
-                    self._suspected[path] += 1
-                else:
-                    self._acquitted.add(path)
+        for place, (path, entry) in enumerate(returned_numbers(returned).items()):
+            if is_finite(entry) if isinstance(entry, Tensor) else math.isfinite(entry):
+                continue
+            if entry.requires_grad if isinstance(entry, Tensor) else place == 0:
+                self._suspected[path] += 1
+            else:
+                self._acquitted.add(path)
 
     def update_norm(self, micro: int) -> float:
         """Measure parameters and updates on a recorded step; the L2 norm of the update, nan on any other."""

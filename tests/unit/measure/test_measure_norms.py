@@ -85,6 +85,17 @@ def test_no_tensors_have_no_norms() -> None:
     assert transfer(tensor_norms([])) == []
 
 
+def test_the_norm_of_an_embeddings_gradient_is_that_of_what_it_adds_up_to() -> None:
+    embedding = nn.Embedding(50, 4, sparse=True)
+
+    (embedding(torch.tensor([1, 1, 1, 1, 2, 3])) * torch.arange(4.0)).sum().backward()
+    gradient = embedding.weight.grad
+    (norm,) = transfer(tensor_norms([gradient]))
+
+    assert not gradient.is_coalesced()
+    assert norm == pytest.approx(gradient.to_dense().norm().item())
+
+
 def test_every_readable_kind_has_a_norm(readable: Tensor) -> None:
     (norm,) = transfer(tensor_norms([readable]))
 

@@ -46,3 +46,16 @@ def test_a_snapshots_copies_are_read_and_not_written_to(watched) -> None:
 
     assert norm == pytest.approx((added.square().sum() + (model.bias.detach() - known["bias"]).square().sum()).sqrt())
     assert all(torch.equal(held[name], known[name]) for name in known)
+
+
+def test_a_gradient_that_another_takes_the_place_of_is_measured_again(watched) -> None:
+    model = nn.Linear(3, 2, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    watch = watched(model, optimizer)
+
+    model(torch.ones(1, 3)).sum().backward()
+    model.weight.grad = model.weight.grad * 0.5
+    optimizer.step()
+
+    norms = {row["role"]: row["l2"] for row in watch.rows() if row["role"].startswith("gradient")}
+    assert norms["gradient_clipped"] == pytest.approx(norms["gradient"] / 2)
