@@ -62,6 +62,8 @@ class Guards:
     def __post_init__(self, on_event: object | None) -> None:
         if on_event is not None:
             self.listen(on_event)
+        if self.validation is not None and self.precision is not None and self.precision.scaler.is_enabled():
+            self.validation.scaled = True  # an overflow is the scaler's business, with `stateful` or without
 
     def __iter__(self) -> Iterator[Guard]:
         """Those that are there."""

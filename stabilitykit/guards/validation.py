@@ -7,8 +7,9 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, ParamSpec, TypeVar, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, ParamSpec, TypeVar, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
@@ -36,6 +37,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 COUNTS = ("step_index", "in_a_row", "cooling")
 RECENT, PATIENCE = 50, 5  # sound steps a jump is measured against, and how many it takes
+
+
+class _Gradients(NamedTuple):
+    """The gradients that an update goes by, in short."""
+
+    norm: float
+    bad: str = ""  # the first that holds a NaN or Inf
+    missing: bool = False
 
 
 class StepValidation(Guard):
@@ -131,6 +140,7 @@ class StepValidation(Guard):
         self._refused: Problem | None = None
         self._norms: dict[str, float] = {}  # of the weights, when they were last sound
         self._judged = False
+        self._used: _Gradients | None = None  # by the optimizer, in this step
         self.cooling = 0
 
     def protect(
@@ -156,7 +166,7 @@ class StepValidation(Guard):
             if problem is None or self.policy == "record":
                 if self.policy in ("skip", "rollback"):
                     self._states.before_step(self.step_index)
-                returned = step(*args, **kwargs)
+                returned = self._run(lambda: step(*args, **kwargs))
                 problem = problem or self._refused or self.judge(returned)
             self.problem = problem
             if problem is None:
@@ -175,18 +185,17 @@ class StepValidation(Guard):
             loss: of the step.
             norm: L2 norm over all gradients, where it is known; measured otherwise.
         """
-        self._refused = self._before_update(_number(loss), norm)
+        self._refused = self._before_update(_number(loss), self._seen(norm))
         self._judged = True
         return self._refused is None
 
     def judge(self, loss: object) -> Problem | None:
         """After the update: the first thing that is wrong, None when the step was sound."""
-        if (
-            not self._judged
-            and isinstance(loss, Tensor | float)
-            and (problem := self._before_update(_number(loss), None))
-        ):
-            return problem
+        if not self._judged and isinstance(loss, Tensor | float):
+            gradients = self._used or self._seen()  # a loop may have put them back to zero by now
+            left_out = self.scaled and self._used is None and gradients.missing
+            if not left_out and (problem := self._before_update(_number(loss), gradients)):
+                return problem
         weights, buffers = self._tensors.parameters, self._tensors.buffers
         found = measured([*weights.items(), *buffers.items()])
         if problem := self._weight_problem([entry for entry in found if entry[0] in weights]):
@@ -212,7 +221,7 @@ class StepValidation(Guard):
 
     def _begin(self) -> None:
         self.step_index += 1
-        self._refused, self._judged = None, False
+        self._refused, self._judged, self._used = None, False, None
         self._now = {}
         if self.cooling:
             self.cooling -= 1
@@ -226,26 +235,44 @@ class StepValidation(Guard):
             return wrong
         return input_problem(list(tensors_of((*args, kwargs) if kwargs else args)))
 
-    def _before_update(self, loss: float, norm: float | None) -> Problem | None:
+    def _run(self, step: Callable[[], R]) -> R:
+        handle = self.optimizer.register_step_pre_hook(self._about_to_update)
+        try:
+            return step()
+        finally:
+            handle.remove()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _about_to_update(self, _optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # makes its gradients itself
+        if self._judged or closure is not None:
+            return
+        gradients, earlier = self._seen(), self._used
+        if earlier is None or (math.isfinite(earlier.norm) and not gradients.norm <= earlier.norm):
+            self._used = gradients
+
+    def _seen(self, norm: float | None = None) -> _Gradients:
+        """The gradients as they are now; `norm` where it is known."""
+        if norm and math.isfinite(norm):
+            return _Gradients(norm)
+        held = {name: entry.grad for name, entry in self._tensors.parameters.items() if entry.grad is not None}
+        norm = gradient_norm(held.values()) if norm is None else norm
+        return _Gradients(norm, "" if math.isfinite(norm) else first_bad(held.items()), not held)
+
+    def _before_update(self, loss: float, gradients: _Gradients) -> Problem | None:
         if not math.isfinite(loss):
             return Problem(f"loss is {loss}", "forward")
-        if norm is None:
-            norm = gradient_norm(self._gradients().values())
+        norm, name, missing = gradients
         if not math.isfinite(norm):
             if self.scaled:
                 return None
-            name = first_bad(self._gradients().items())
             return Problem(f"gradients: norm is {norm}" + (f", NaN or Inf in {name}" if name else ""), "backward", name)
         if not norm and loss:
-            missing = not self._gradients()
             what = "are missing" if missing else "are all zero"
             text = f"gradients {what} although the loss is {loss:.4g}: nothing is trained"
             return Problem(text, "backward", stateless=missing)
         self._now = {"loss": abs(loss), "gradient norm": norm}
         return self._jump()
-
-    def _gradients(self) -> dict[str, Tensor]:
-        return {name: entry.grad for name, entry in self._tensors.parameters.items() if entry.grad is not None}
 
     def _jump(self) -> Problem | None:
         for name, value in self._now.items():

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stabilitykit.errors import UsageError
 from stabilitykit.guards import GradientClip, Guards, MixedPrecision, StepValidation
@@ -99,6 +99,28 @@ def test_s10_a_step_that_another_guard_refused_still_reaches_the_scaler() -> Non
 
     assert scales == [2.0, 2.0, 1.0]
     assert model.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_s10_the_scalers_own_overflows_are_no_unsound_steps_under_validation(policy: str) -> None:
+    model, optimizer = make()
+    precision = MixedPrecision("fp16", init_scale=2.0**130)
+    guards = Guards(precision=precision, validation=StepValidation(model, optimizer, policy=policy))
+
+    @guards.protect
+    def step(inputs: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        with precision.autocast():
+            loss = model(inputs).square().mean()
+        precision.backward(loss)
+        guards.update(optimizer, loss)
+        return loss.detach()
+
+    losses = [step(torch.randn(3, 4)) for _ in range(30)]
+
+    assert None not in losses
+    assert precision.num_acted > 0
+    assert precision.scaler.get_scale() < 2.0**130
 
 
 def test_an_unknown_format_is_refused() -> None:

@@ -265,6 +265,69 @@ def test_a_finite_jump_is_unsound_and_a_new_tasks_loss_is_not() -> None:
     assert "loss jumped to" in events[0]["message"]
 
 
+@pytest.mark.parametrize("policy", ["raise", "skip", "rollback"])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_are_those_the_optimizer_used_not_what_the_loop_leaves_behind(policy: str, set_to_none: bool) -> None:
+    loop = Loop()
+    events = Events()
+
+    def step(inputs: Tensor, labels: Tensor) -> Tensor:
+        loss = loop.factor * cross_entropy(loop.model(inputs), labels)
+        loss.backward()
+        loop.optimizer.step()
+        loop.optimizer.zero_grad(set_to_none=set_to_none)
+        return loss.detach()
+
+    validation = StepValidation(loop.model, loop.optimizer, policy=policy, on_event=events)
+    step = validation.protect(step)
+    losses = [step(*batch) for batch in loop.batches]
+
+    assert None not in losses
+    assert events == []
+    loop.factor = 0.0
+    loop.model[0].weight.register_hook(lambda gradient: gradient + math.nan)
+    with pytest.raises(NonFiniteError, match=r"gradients: norm is nan, NaN or Inf in 0\.weight"):
+        StepValidation(loop.model, loop.optimizer).protect(step.__wrapped__)(*loop.batches[0])
+    assert not loop.optimizer._optimizer_step_pre_hooks
+
+
+def test_an_optimizer_that_makes_its_gradients_itself_is_judged_by_those_it_made() -> None:
+    loop = Loop()
+    optimizer = torch.optim.LBFGS(loop.model.parameters(), max_iter=2)
+
+    def step(inputs: Tensor, labels: Tensor) -> Tensor:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = cross_entropy(loop.model(inputs), labels)
+            loss.backward()
+            return loss
+
+        return optimizer.step(closure)
+
+    step = StepValidation(loop.model, optimizer).protect(step)
+
+    assert all(step(*batch) is not None for batch in loop.batches[:3])
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_an_overflow_under_a_scaler_is_its_own_business_also_where_gradients_are_gone_afterwards(policy: str) -> None:
+    loop = Loop()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+
+    def step(inputs: Tensor, labels: Tensor) -> Tensor:
+        loss = 8 * cross_entropy(loop.model(inputs), labels)
+        scaler.scale(loss).backward()
+        scaler.step(loop.optimizer)
+        scaler.update()
+        loop.optimizer.zero_grad()
+        return loss.detach()
+
+    step = StepValidation(loop.model, loop.optimizer, policy=policy, stateful=(scaler,)).protect(step)
+
+    assert None not in [step(*batch) for batch in loop.batches]
+    assert scaler.get_scale() < 2.0**127
+
+
 def test_before_the_update_a_loop_can_ask_and_no_harm_is_done() -> None:
     loop = Loop()
     validation = StepValidation(loop.model, loop.optimizer, policy="record")
