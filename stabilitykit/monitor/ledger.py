@@ -142,6 +142,9 @@ class Ledger:
         kept, self._kept = self._kept, None
         row = np.zeros(1, STEP_ROW)
         scale = 1.0 if math.isnan(loss_scale) or loss_scale == 0 else loss_scale
+        grad_norm, clipped = reading.grad_norm / scale, reading.grad_norm_clipped
+        if clipped == reading.grad_norm:  # nobody has touched them: a fused optimizer takes them as they are, scaled
+            clipped = grad_norm
         row[0] = (
             max(reading.num_backwards - 1, 0),
             -1 if self.task is None else self.task,
@@ -149,11 +152,9 @@ class Ledger:
             time.time(),
             seconds,
             next(iter(reading.losses.values()), math.nan),
-            reading.grad_norm / scale,
-            reading.grad_norm_clipped / scale
-            if reading.grad_norm_clipped == reading.grad_norm
-            else reading.grad_norm_clipped,
-            _ratio(reading.grad_norm_clipped, reading.grad_norm),
+            grad_norm,
+            clipped,
+            _ratio(clipped, grad_norm),
             learning_rates[0] if learning_rates else math.nan,
             reading.parameter_norm,
             update_norm,

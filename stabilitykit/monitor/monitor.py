@@ -205,8 +205,19 @@ class Monitor:
         self._watched.losses.clear()
         self._concluded = False
         recording = self._ledger.begin_step(self._step_index)
+        # A wrapped step's last act may be to move the scale; a plain loop's begins and ends before it is moved.
+        self._scale = math.nan if self._mode == "plain" else self._loss_scale()
         self._watched.watch.begin(recording=recording, trailing=self._mode != "replayable")
         self._started = time.perf_counter()
+
+    def _loss_scale(self) -> float:
+        if self._scaler is None:
+            return math.nan
+        try:
+            return float(self._scaler.get_scale())
+        except Exception as error:  # noqa: BLE001 - the caller's object
+            self._ledger.own_error(error)
+            return math.nan
 
     def _replayable_step(self, function: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entered = time.perf_counter()
@@ -290,7 +301,7 @@ class Monitor:
             rows,
             seconds=seconds,
             learning_rates=[float(g["lr"]) for o in self._optimizers for g in o.param_groups if "lr" in g],
-            loss_scale=float(self._scaler.get_scale()) if self._scaler is not None else math.nan,
+            loss_scale=self._loss_scale() if self._mode == "plain" else self._scale,
             update_norm=update,
             skipped=skipped or not reading.stepped,
         )
