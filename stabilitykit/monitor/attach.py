@@ -14,6 +14,7 @@ from stabilitykit.errors import UsageError
 from stabilitykit.monitor.aftermath import as_path, new_run_dir
 from stabilitykit.monitor.faults import OnNonFinite
 from stabilitykit.monitor.monitor import Monitor
+from stabilitykit.monitor.unwrapped import refuse_to_act_alone
 
 
 def attach(
@@ -36,7 +37,8 @@ def attach(
         run_dir: the run folder, made if need be; default `runs/<time>`.
         config: a MonitorConfig or the name of a preset: light, default, full.
         on_nonfinite: `raise` NonFiniteError with the verdict; `skip`: undo the step and go on; `rollback`: back to the
-            last good snapshot and go on; `record`: diagnose and leave training exactly as it would have been.
+            last good snapshot and go on; `record`: diagnose and leave training exactly as it would have been. With
+            several processes in torch.distributed no step is run again, and `skip` and `rollback` are refused.
         scaler: a GradScaler, put back with the rest when a step is replayed.
         stateful: what else a step changes: objects with `state_dict` and `load_state_dict`, generators, tensors.
         replay_buffer: an object or mapping with tensors `examples, labels, logits`, audited and put back on replay.
@@ -52,6 +54,7 @@ def attach(
     """
     if on_nonfinite not in ON_NONFINITE:
         raise UsageError(f"attach: got on_nonfinite={on_nonfinite!r}, expected one of {', '.join(ON_NONFINITE)}")
+    refuse_to_act_alone(on_nonfinite)
     if not isinstance(model, nn.Module):
         raise UsageError(f"attach: got a {type(model).__name__} as model, expected a torch.nn.Module")
     if not isinstance(optimizer, Optimizer | Sequence | None):

@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, Self, TypeVar
@@ -30,7 +31,14 @@ from stabilitykit.monitor.inquiry import Ran, refuse_deferred
 from stabilitykit.monitor.ledger import Ledger
 from stabilitykit.monitor.newcomers import Newcomers, take_in
 from stabilitykit.monitor.run_up import RunUp
-from stabilitykit.monitor.unwrapped import is_compiled, is_doubtful, symptoms
+from stabilitykit.monitor.unwrapped import (
+    is_compiled,
+    is_doubtful,
+    of_one_rank,
+    refuse_to_act_alone,
+    spans_processes,
+    symptoms,
+)
 from stabilitykit.monitor.watched import Watched
 from stabilitykit.schema import Diagnosis
 from stabilitykit.snapshot import TrainingState
@@ -90,7 +98,7 @@ class Monitor:
         )
         self._step_index = config.first_step
         self._mode: Literal["plain", "block", "replayable"] = "plain"
-        self._inside = self._closed = self._concluded = False
+        self._inside = self._closed = self._concluded = self._several = False
         self._started = time.perf_counter()
         self._newcomers = Newcomers(model, self._optimizer_arrived)
         self._finalizer = weakref.finalize(self, abandoned, self._ledger, self._aftermath, self._newcomers)
@@ -114,6 +122,8 @@ class Monitor:
         def step(*args: P.args, **kwargs: P.kwargs) -> R:
             if self._inside or self._closed or self._faults.replaying:
                 return function(*args, **kwargs)
+            if self._is_one_of_several():
+                return self._step_among_others(function, args, kwargs)  # type: ignore[no-any-return]
             return self._replayable_step(function, args, kwargs)  # type: ignore[no-any-return]
 
         return step
@@ -248,6 +258,26 @@ class Monitor:
         self._finish(ran.reading, seconds)
         return ran.outcome()
 
+    def _is_one_of_several(self) -> bool:
+        """Whether there are other processes to keep in step with; from then on for good."""
+        if not self._several and spans_processes():
+            refuse_to_act_alone(self._policy)
+            self._several, self._mode = True, "block"
+            self._history.forget()
+            self._ledger.event(wording.DISTRIBUTED)
+        return self._several
+
+    def _step_among_others(self, function: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._begin_step()
+        self._inside = True
+        try:
+            returned = function(*args, **kwargs)
+        finally:
+            self._inside = False
+        if not self._closed:
+            self._finish(self._judge_unwrapped(before_update=False, returned=returned))
+        return returned
+
     def _suspect(self, ran: Ran) -> Any:
         act = self._faults.look_into(ran, self._step_index)
         if act.settles:
@@ -333,10 +363,14 @@ class Monitor:
 
     # Without a replayable step.
 
-    def _judge_unwrapped(self, *, before_update: bool) -> Reading:
-        """Judge what is known so far: before the update, where harm can still be kept off, and when the step ends."""
+    def _judge_unwrapped(self, *, before_update: bool, returned: Any = None) -> Reading:
+        """Judge what is known so far: before the update, where harm can still be kept off, and when the step ends.
+
+        What is returned may be a metric of 0 / 0, and no replay can tell: a loss that is used shows in the gradients.
+        """
         watched = self._watched
-        reading = watched.read(None)
+        reading = watched.read(returned)
+        reading = replace(reading, bad_losses=[name for name in reading.bad_losses if name in watched.losses])
         if self._concluded or not is_doubtful(reading, watched.model, watched.watch):
             return reading
         self._concluded = True
@@ -352,6 +386,7 @@ class Monitor:
     def _conclude_unwrapped(self, reading: Reading) -> None:
         context = Context(proof="hooks", **self._faults.facts(self._step_index))
         diagnosis = by_hooks(symptoms(self._watched.watch, reading), context)
+        diagnosis = of_one_rank(diagnosis) if spans_processes() else diagnosis
         self._faults.conclude(diagnosis, self._step_index)
         if self._policy == "raise":
             self._finish(reading, skipped=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import nn
+from torch import distributed, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from stabilitykit.diagnose.hooks import Passed, Symptoms
 from stabilitykit.diagnose.storages import has_nan
+from stabilitykit.errors import UsageError
 from stabilitykit.schema import Diagnosis
 from stabilitykit.watch.reading import Reading
 from stabilitykit.watch.watch import Watch
@@ -18,6 +19,7 @@ ONLY_COMPILED = (
     "The step was replayed eagerly and stayed finite: the value exists only in the compiled module. Compile with "
     "another backend to see whose it is, torch.compile(model, backend='aot_eager'), and report it with the batch."
 )
+ALONE = "run the step in a single process, with this rank's batch, to be told the operation and the source line"
 
 
 def symptoms(watch: Watch, reading: Reading, stored: Stored = ("", ())) -> Symptoms:
@@ -52,6 +54,29 @@ def is_doubtful(reading: Reading, model: nn.Module, watch: Watch) -> bool:
             return True
     watch.acquit(reading, None)
     return False
+
+
+def spans_processes() -> bool:
+    """Whether this process is one of several in a collective: run again alone, its step would meet the others' next."""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def refuse_to_act_alone(policy: str) -> None:
+    """Refuse what takes this process's weights another way than the others'.
+
+    Raises:
+        UsageError: the policy undoes steps, and there are other processes.
+    """
+    if policy in ("skip", "rollback") and spans_processes():
+        raise UsageError(
+            f"attach: got on_nonfinite={policy!r} in one of {distributed.get_world_size()} processes, expected raise "
+            "or record; a rank that undid a step alone would go apart from the others"
+        )
+
+
+def of_one_rank(diagnosis: Diagnosis) -> Diagnosis:
+    """The same, with what would let the step be run again instead of the advice to wrap it."""
+    return replace(diagnosis, remedies=(ALONE,))
 
 
 def is_compiled(model: nn.Module) -> bool:

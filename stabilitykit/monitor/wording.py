@@ -18,6 +18,14 @@ COMPILED = Event(
         "and parameters are, and a fault is replayed eagerly"
     ),
 )
+DISTRIBUTED = Event(
+    kind="distributed",
+    subject="replay",
+    message=(
+        "one of several processes: no step is run again, a fault is known from module hooks, and each rank judges for "
+        "itself"
+    ),
+)
 
 
 def message(diagnosis: Diagnosis, report: str) -> str:
