@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from operator import attrgetter
@@ -79,6 +79,7 @@ class TrainingState:
         self._joined: dict[Optimizer, tuple[Groups, dict[Tensor, Any]]] = {}
         self.modules = (model, *(entry for entry in stateful if isinstance(entry, nn.Module)))
         unique = {id(entry): entry for entry in stateful if not isinstance(entry, nn.Module)}
+        self.on_error: Callable[[Exception], None] | None = None  # told of an object that refuses its own state
         self._extras = tuple(_Extra.of(entry) for entry in unique.values())
         self._versioned: list[Tensor] = []
         self._states: list[Tensor] = []
@@ -141,7 +142,11 @@ class TrainingState:
         )
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Put a captured state back, in place: no parameter, optimizer or module changes its identity."""
+        """Put a captured state back, in place: no parameter, optimizer or module changes its identity.
+
+        Where one of the caller's objects refuses its state, all the rest is put back before `on_error` is told.
+        """
+        refusals = []
         for owner, name, buffer in snapshot.buffers:
             owner._buffers[name] = buffer
         with torch.no_grad():
@@ -160,8 +165,15 @@ class TrainingState:
         for module, training in snapshot.modes:
             module.training = training
         for entry, held in zip(self._extras, snapshot.extras, strict=True):
-            entry.restore(held)
+            try:
+                entry.restore(held)
+            except Exception as error:  # noqa: BLE001 - the caller's class
+                refusals.append(error)
         self.restore_moment(snapshot.moment)
+        for refusal in refusals:
+            if self.on_error is None:
+                raise refusal
+            self.on_error(refusal)
 
     def restore_moment(self, moment: Moment) -> None:
         """Put the cheap part back alone."""

@@ -84,12 +84,21 @@ class Faults:
             return ran.may_be_numerical and self._num_other_raises < self._config.replays
         return ran.is_doubtful or (not self._num_faults and self._skips.odd(ran.reading))
 
-    def look_into(self, ran: Ran, index: int) -> Act:
-        """Something looks non-finite, or the step raised: find out, and put the state where it goes on from."""
+    def look_into(self, ran: Ran, index: int, *, unheld: Exception | None = None) -> Act:
+        """Something looks non-finite, or the step raised: find out, and put the state where it goes on from.
+
+        Args:
+            ran: the step.
+            index: its number.
+            unheld: why the state before it was not held, where it was not: it can then not be run again.
+        """
         if ran.raised is None and self._num_faults >= self._config.replays:
-            return self._act_briefly(ran, index)
-        with self._looking_back(index) as inquiry:
-            outcome = inquiry.hold(ran, partial(self.facts, index))
+            return self._act_briefly(ran, index, unheld)
+        if unheld is not None:
+            outcome = Outcome(None, None, None, unheld)
+        else:
+            with self._looking_back(index) as inquiry:
+                outcome = inquiry.hold(ran, partial(self.facts, index))
         if outcome.failure is not None:
             self._ledger.own_error(outcome.failure)
         diagnosis = outcome.diagnosis or self._without_replay(outcome, ran, index)
@@ -108,7 +117,7 @@ class Faults:
         self._num_looks += 1
         with self._looking_back(index) as inquiry:
             outcome = inquiry.hold(ran, partial(self.facts, index), unused=True)
-        self._state.restore(outcome.after)
+        self._put_back(outcome.after)
         self._history.forget()
         self._pending = outcome.diagnosis
 
@@ -194,17 +203,24 @@ class Faults:
         if not ran.reading.suspicious or (outcome.failure is None and outcome.same):
             return None
         context = Context(proof="replayed-differs" if outcome.failure is None else "record", **self.facts(index))
-        self._state.restore(outcome.after)
+        self._put_back(outcome.after)
         stored = bad_slots(self._watched.subject.replay_buffer)
         diagnosis = by_hooks(symptoms(self._watched.watch, ran.reading, stored), context)
         if outcome.failure is None and is_compiled(self._watched.model):
             return only_compiled(diagnosis)
-        return not_repeated(diagnosis, outcome.failure)
+        return not_repeated(diagnosis, outcome.failure, held=outcome.after is not None)
 
     # From a diagnosis to the act.
 
+    def _put_back(self, held: Snapshot | None) -> None:
+        try:
+            if held is not None:
+                self._state.restore(held)
+        except Exception as error:  # noqa: BLE001 - training goes on
+            self._ledger.own_error(error)
+
     def _acquit(self, outcome: Outcome, ran: Ran) -> Act:
-        self._state.restore(outcome.after)
+        self._put_back(outcome.after)
         self._history.forget()
         self._watched.watch.acquit(ran.reading, ran.returned)
         self._num_other_raises += ran.raised is not None
@@ -212,11 +228,13 @@ class Faults:
             self._ledger.event(event)
         return Act(skipped=ran.raised is not None)
 
-    def _act_briefly(self, ran: Ran, index: int) -> Act:
+    def _act_briefly(self, ran: Ran, index: int, unheld: Exception | None) -> Act:
         """A fault after the first few: what `on_nonfinite` says, without another diagnosis."""
         self.conclude_briefly(ran.reading)
         if self._policy == "record" or self.diagnosis is None:
             return Act(settles=True)
+        if unheld is not None:
+            return self._act(Outcome(None, None, None, unheld), self.diagnosis, index)
         with self._looking_back(index) as inquiry:
             outcome = inquiry.undo()
         return self._act(outcome, self.diagnosis, index)
@@ -224,17 +242,19 @@ class Faults:
     def _act(self, outcome: Outcome, diagnosis: Diagnosis, index: int) -> Act:
         self._history.forget()
         if self._policy == "record":
-            self._state.restore(outcome.after)
+            self._put_back(outcome.after)
             return Act()
         if (back_to := self._history.unrepeated) is not None:
             self._ledger.event(wording.not_repeated(index, back_to))
         if self._policy == "raise":
-            self._state.restore(outcome.before)
+            self._put_back(outcome.before)
             return Act(skipped=True, fatal=diagnosis)
         streams = self._state.moment().random
-        self._state.restore(outcome.before)
+        self._put_back(outcome.before)
         if self._policy == "rollback":
-            self._ledger.event(wording.rolled_back(index, self._history.roll_back()))
+            began, good = self._history.last_good() or (None, None)
+            self._put_back(good)
+            self._ledger.event(wording.rolled_back(index, began))
         streams.restore()  # else the same random draws would meet the same fate
         self._num_consecutive += 1
         if self._num_consecutive < self._config.max_consecutive_skips:

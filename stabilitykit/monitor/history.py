@@ -213,13 +213,9 @@ class History:
                 break
         return exact
 
-    def roll_back(self) -> int | None:
-        """Restore the last good state, at least `rollback_steps` old where there is one; the step it began, or None."""
-        target = self._good or self._next_good
-        if target is None:
-            return None
-        self._state.restore(target[1])
-        return target[0]
+    def last_good(self) -> tuple[int, Snapshot] | None:
+        """A good state, at least `rollback_steps` old where there is one, and the step it began."""
+        return self._good or self._next_good
 
     def recent(self) -> Sequence[PastStep]:
         """The steps that can be run again, the current one last."""

@@ -28,6 +28,7 @@ from stabilitykit.watch.reading import Reading
 # What is raised for no number's sake: a missing key, a wrong type, a file, the end of an iterator.
 _UNRELATED = (
     AttributeError, EOFError, ImportError, KeyError, MemoryError, NameError, OSError, StopIteration, TypeError,
+    torch.OutOfMemoryError,
 )  # fmt: skip
 
 _STEPS_BACK = (1, 8)  # are traced with a step that used what the script keeps: one is enough as a rule
@@ -75,7 +76,10 @@ class Ran:
     def outcome(self) -> Any:
         """Return or raise as the step did."""
         if self.raised is not None:
-            raise self.raised
+            try:
+                raise self.raised
+            finally:
+                del self  # the error's traceback holds this frame, and a cycle would keep all that the step has made
         return self.returned
 
 
@@ -86,14 +90,14 @@ class Outcome:
     Attributes:
         diagnosis: None where the suspicion was unfounded: nothing bad reaches loss, gradients or parameters.
         before: the state at the start of the step; `after` where nobody will go back to it.
-        after: the state as the first run of the step left it.
+        after: the state as the first run of the step left it; None where it is as it was, since no copy could be made.
         failure: why the step could not be run again; `before` is then `after`.
         same: whether the second run gave bit for bit what the first had.
     """
 
     diagnosis: Diagnosis | None
-    before: Snapshot
-    after: Snapshot
+    before: Snapshot | None
+    after: Snapshot | None
     failure: Exception | None = None
     same: bool = True
 
@@ -129,28 +133,41 @@ class Inquiry:
             facts: the monitor's part of the diagnosis' context.
             unused: bad gradients count although no optimizer stepped.
         """
+        return self._from_here(lambda after: self._look(ran, facts, after, unused=unused))
+
+    def _from_here(self, look: Callable[[Snapshot], Outcome]) -> Outcome:
+        """What `look` gives, which runs steps again; where it is interrupted, the state is as the step left it."""
+        try:
+            after = self.state.capture()
+        except Exception as error:  # noqa: BLE001 - no memory for a copy, say: training goes on
+            return Outcome(None, None, None, error)
+        try:
+            return look(after)
+        except Exception as error:  # noqa: BLE001 - ours or the step's, on its second run: training goes on
+            return Outcome(None, after, after, error)
+        except BaseException:  # Ctrl-C
+            self.state.restore(after)
+            raise
+
+    def _look(self, ran: Ran, facts: Callable[[], Mapping[str, Any]], after: Snapshot, *, unused: bool) -> Outcome:
         intended = self._intended(self._unchanged_constants())
         current = self.history.recent()[-1]
         route = self.history.route()
-        after = self.state.capture()
         written = self.late_writes()
-        try:
-            exact = self._rewind(written)
-            before = self._begun(route[-1], written) if self.goes_back else after
-            self.begin(before if self.goes_back else None)
-            args, kwargs = current.inputs()
-            retraced = retrace(self.subject, ran.function, args, kwargs, unused_gradients=unused)
-            again = self.read(current.index, retraced.returned)
-            finding = find_origin(retraced.trace.symptoms, intended)
-        except Exception as error:  # noqa: BLE001 - ours or the step's, on its second run: training goes on
-            return Outcome(None, after, after, error)
+        exact = self._rewind(written)
+        before = self._begun(route[-1], written) if self.goes_back else after
+        self.begin(before if self.goes_back else None)
+        args, kwargs = current.inputs()
+        retraced = retrace(self.subject, ran.function, args, kwargs, unused_gradients=unused)
+        again = self.read(current.index, retraced.returned)
+        finding = find_origin(retraced.trace.symptoms, intended)
         same = ran.reading.same_step(again)
         if finding is None and retraced.error is not None and ran.raised is None:
             return Outcome(None, after, after, retraced.error)
         if finding is None:
             return Outcome(None, before, after, same=same)
         known = dict(facts())
-        with suppress(Exception):  # as above; there is a finding already
+        with suppress(Exception):  # there is a finding already
             finding = self._weigh(ran, route[-1], written, finding, intended, unused=unused)
         with suppress(Exception):
             if (earlier := self._look_further_back(ran, route, finding, intended)) is not None:
@@ -241,12 +258,12 @@ class Inquiry:
 
     def undo(self) -> Outcome:
         """Go back to the start of the step that has just run, without a trace."""
-        after = self.state.capture()
-        try:
+
+        def go_back(after: Snapshot) -> Outcome:
             self._rewind(self.late_writes())
-        except Exception as error:  # noqa: BLE001 - see `hold`
-            return Outcome(None, after, after, error)
-        return Outcome(None, self.state.capture(), after)
+            return Outcome(None, self.state.capture(), after)
+
+        return self._from_here(go_back)
 
     def _rewind(self, written: Mapping[str, Tensor]) -> bool:
         """Put the state where the step began; whether all on the way was as it had been."""

@@ -25,7 +25,7 @@ from stabilitykit.errors import NonFiniteError
 from stabilitykit.monitor import wording
 from stabilitykit.monitor.aftermath import Aftermath, abandoned
 from stabilitykit.monitor.batches import recorded
-from stabilitykit.monitor.faults import Faults, OnNonFinite
+from stabilitykit.monitor.faults import Act, Faults, OnNonFinite
 from stabilitykit.monitor.history import History, Step
 from stabilitykit.monitor.inquiry import Ran, refuse_deferred
 from stabilitykit.monitor.ledger import Ledger
@@ -74,6 +74,7 @@ class Monitor:
         self._state = TrainingState(model, optimizers, extras)
         self._optimizers = self._state.optimizers  # one list for all: some may join, or leave
         self._ledger = Ledger(run_dir.absolute(), model, config, replay_buffer)  # the script may change its directory
+        self._state.on_error = self._ledger.own_error
         self._aftermath = Aftermath(run_dir, config)
         self._history = History(self._state, config, keeps_good=on_nonfinite == "rollback")
         self._watched = Watched(
@@ -211,13 +212,13 @@ class Monitor:
 
     # A step.
 
-    def _begin_step(self) -> None:
+    def _begin_step(self, *, trailing: bool = True) -> None:
         self._watched.losses.clear()
         self._concluded = False
         recording = self._ledger.begin_step(self._step_index)
         # A wrapped step's last act may be to move the scale; a plain loop's begins and ends before it is moved.
         self._scale = math.nan if self._mode == "plain" else self._loss_scale()
-        self._watched.watch.begin(recording=recording, trailing=self._mode != "replayable")
+        self._watched.watch.begin(recording=recording, trailing=trailing)
         self._started = time.perf_counter()
 
     def _loss_scale(self) -> float:
@@ -232,8 +233,8 @@ class Monitor:
     def _replayable_step(self, function: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entered = time.perf_counter()
         args, kwargs = tuple(map(recorded, args)), {name: recorded(entry) for name, entry in kwargs.items()}
-        replayable = self._remember(function, args, kwargs)
-        self._begin_step()
+        unheld = self._remember(function, args, kwargs)
+        self._begin_step(trailing=unheld is not None)
         self._ledger.cost(self._started - entered)
         self._inside = True
         returned, raised = None, None
@@ -244,19 +245,31 @@ class Monitor:
         finally:
             self._inside = False
         seconds = time.perf_counter() - self._started
-        if self._closed:  # by the step itself
-            return Ran(function, args, kwargs, Reading(losses={}), returned, raised).outcome()
-        ran = Ran(function, args, kwargs, self._watched.read(returned), returned, raised)
-        if replayable and self._faults.suspects(ran):
-            return self._suspect(ran)
-        if replayable and ran.reading.unused_gradients:
+        reading = Reading(losses={}) if self._closed else self._watched.read(returned)  # closed by the step itself
+        ran = Ran(function, args, kwargs, reading, returned, raised)
+        try:
+            act = Act() if self._closed else self._conclude_step(ran, seconds, unheld)
+            if act.fatal is not None:
+                raise self._error(act.fatal, act.why) from raised
+            return None if act.undone else ran.outcome()
+        finally:
+            del ran, raised, unheld  # a traceback holds this frame: in a cycle, all that the step has made would stay
+
+    def _conclude_step(self, ran: Ran, seconds: float, unheld: Exception | None) -> Act:
+        if self._faults.suspects(ran):
+            act = self._faults.look_into(ran, self._step_index, unheld=unheld)
+            if act.settles:
+                self._settle(ran.reading, 0.0)
+            self._finish(ran.reading, skipped=act.skipped)
+            return act
+        if unheld is None and ran.reading.unused_gradients:
             self._faults.note_unused(ran, self._step_index)
         if ran.reading.mended_gradients:
             self._ledger.event(wording.mended_gradients(ran.reading))
-        if raised is None:
+        if ran.raised is None:
             self._settle(ran.reading, seconds)
         self._finish(ran.reading, seconds)
-        return ran.outcome()
+        return Act()
 
     def _is_one_of_several(self) -> bool:
         """Whether there are other processes to keep in step with; from then on for good."""
@@ -278,15 +291,6 @@ class Monitor:
             self._finish(self._judge_unwrapped(before_update=False, returned=returned))
         return returned
 
-    def _suspect(self, ran: Ran) -> Any:
-        act = self._faults.look_into(ran, self._step_index)
-        if act.settles:
-            self._settle(ran.reading, 0.0)
-        self._finish(ran.reading, skipped=act.skipped)
-        if act.fatal is not None:
-            raise self._error(act.fatal, act.why) from ran.raised
-        return None if act.undone else ran.outcome()
-
     def _settle(self, reading: Reading, seconds: float) -> None:
         try:
             self._history.end(reading, seconds)
@@ -294,8 +298,8 @@ class Monitor:
             self._ledger.own_error(error)
             self._history.forget()
 
-    def _remember(self, function: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Hold what a replay would need; False where the state cannot be captured: the step then runs all the same."""
+    def _remember(self, function: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
+        """Hold what a replay would need; why not, where the state cannot be captured: the step runs all the same."""
         try:
             if self._watched.look_again():
                 self._history.forget()
@@ -303,8 +307,8 @@ class Monitor:
         except Exception as error:  # noqa: BLE001 - a stateful object of the caller's; training goes on
             self._ledger.own_error(error)
             self._history.forget()
-            return False
-        return True
+            return error
+        return None
 
     def _finish(self, reading: Reading, seconds: float | None = None, *, skipped: bool = False) -> None:
         """Write the step's rows and go on to the next number."""

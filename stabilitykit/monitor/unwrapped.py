@@ -89,8 +89,17 @@ def only_compiled(diagnosis: Diagnosis) -> Diagnosis:
     return replace(diagnosis, rule="only_compiled", cause=f"{ONLY_COMPILED} {diagnosis.cause}")
 
 
-def not_repeated(diagnosis: Diagnosis, failure: Exception | None) -> Diagnosis:
-    """The same, with what would let the step be run again instead of the advice to wrap it."""
+def not_repeated(diagnosis: Diagnosis, failure: Exception | None, *, held: bool) -> Diagnosis:
+    """The same, with what would let the step be run again instead of the advice to wrap it.
+
+    Args:
+        diagnosis: by hooks.
+        failure: what kept it from being run again.
+        held: the state was, so that it could be tried.
+    """
+    if failure is not None and not held:
+        advice = f"the step was not run again: its state could not be copied ({type(failure).__name__}: {failure})"
+        return replace(diagnosis, remedies=(advice,))
     went = f"raised {type(failure).__name__}: {failure}" if failure is not None else "went otherwise"
     advice = f"run again, the step {went}; name in attach(..., stateful=[...]) whatever else it changes and depends on"
     return replace(diagnosis, remedies=(advice,))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
-from contextlib import nullcontext
+import weakref
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -439,6 +441,55 @@ def test_an_interruption_passes_and_training_can_go_on(interruption: type[BaseEx
     assert math.isfinite(loss)
     assert monitor.diagnosis is None
     assert not monitor.replaying
+
+
+@pytest.mark.parametrize("rerun", range(1, 5), ids=lambda rerun: f"step run again: {rerun}")
+def test_an_interruption_of_a_replay_leaves_the_state_that_the_step_had_left(rerun: int, tmp_path: Path) -> None:
+    bare = Training(bad=(3,), dropout=0.5)
+    for batch in bare.batches[:4]:
+        bare.step(batch)
+    watched = Training(bad=(3,), dropout=0.5)
+    runs = [0]
+
+    def train_step(batch: Tensor) -> Tensor:
+        runs[0] += 1
+        if runs[0] == 4 + rerun:
+            raise KeyboardInterrupt
+        return watched.step(batch)
+
+    with attach(watched, tmp_path / "run", "skip", snapshot_every=10) as monitor:
+        step = monitor.replayable(train_step)
+        for batch in watched.batches[:3]:
+            step(batch)
+        with pytest.raises(KeyboardInterrupt):
+            step(watched.batches[3])
+        found = watched.contents()
+
+    assert found == bare.contents()
+    assert not monitor.replaying
+
+
+def test_what_a_step_made_is_gone_once_its_exception_is_handled(tmp_path: Path) -> None:
+    training = Training()
+    made: list[weakref.ref[Tensor]] = []
+
+    def train_step(batch: Tensor) -> Tensor:
+        activations = training.model(batch) + torch.zeros(1_000, 1, 1)
+        made.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("simulated")
+
+    with attach(training, tmp_path / "run", "raise") as monitor:
+        step = monitor.replayable(train_step)
+        gc.disable()
+        try:
+            for batch in training.batches:
+                with suppress(torch.OutOfMemoryError):
+                    step(batch)
+            alive = [reference() is not None for reference in made]
+        finally:
+            gc.enable()
+
+    assert alive == [False] * len(training.batches)  # and none was run again: memory that ran out is no number
 
 
 def test_a_running_statistic_spoilt_between_two_steps_is_an_event_and_no_fault(tmp_path: Path) -> None:

@@ -328,6 +328,27 @@ def test_an_object_with_a_state_dict_is_put_back() -> None:
     assert counter.count == 0
 
 
+def test_an_object_that_refuses_its_state_keeps_no_other_from_its_own() -> None:
+    class Refuses:
+        def state_dict(self) -> dict[str, int]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            raise KeyError("strict")
+
+    model, counter = nn.Linear(2, 2), torch.zeros(())
+    state = TrainingState(model, [], [Refuses(), counter])
+    snapshot = state.capture()
+    nn.init.zeros_(model.weight)
+    counter.add_(1)
+
+    with pytest.raises(KeyError, match="strict"):
+        state.restore(snapshot)
+
+    assert model.weight.abs().sum() > 0
+    assert counter == 0
+
+
 def test_a_scheduler_and_a_scaler_are_put_back() -> None:
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)

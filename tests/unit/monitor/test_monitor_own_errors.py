@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,61 @@ def test_a_replay_that_fails_does_not_break_the_run(
     assert monitor.diagnosis is not None
     assert monitor.diagnosis.origin.step == 1
     assert monitor.diagnosis.origin.proof != "replayed"
+
+
+def no_memory(*_args: Any, **_kwargs: Any) -> None:
+    raise torch.OutOfMemoryError("no room for a copy")
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["during the look", "before the step"])
+@pytest.mark.parametrize("policy", ["record", "skip", "rollback", "raise"])
+def test_where_there_is_no_room_for_a_copy_the_fault_is_told_without_a_replay(
+    policy: Any, held: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer, step = training()
+    config = FULL.replace(snapshot_every=50 if held else 1)
+
+    with sk.attach(model, optimizer, tmp_path / "run", config=config, on_nonfinite=policy) as monitor:
+        watched = monitor.replayable(step)
+        watched(torch.randn(3, 4))
+        monkeypatch.setattr("stabilitykit.snapshot.TrainingState.capture", no_memory)
+        ended = pytest.raises(sk.NonFiniteError) if policy == "raise" else nullcontext()
+        with pytest.warns(RuntimeWarning, match="no room"), ended:
+            watched(torch.full((3, 4), torch.nan))
+
+    assert monitor.diagnosis is not None
+    assert monitor.diagnosis.origin.step == 1
+    assert "could not be copied (OutOfMemoryError: no room" in monitor.diagnosis.remedies[0]
+
+
+class Refuses:
+    """It gives its state and does not take it back."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": 1}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        raise Broken("ours")
+
+
+@pytest.mark.parametrize("policy", ["record", "skip", "rollback"])
+def test_an_object_that_refuses_its_state_keeps_nothing_else_from_being_put_back(policy: Any, tmp_path: Path) -> None:
+    model, optimizer, step = training()
+    batches = list(torch.randn(3, 3, 4))
+
+    options: dict[str, Any] = {"config": FULL, "on_nonfinite": policy, "stateful": [Refuses()]}
+    with sk.attach(model, optimizer, tmp_path / "run", **options) as monitor:
+        watched = monitor.replayable(step)
+        for batch in batches:
+            watched(batch)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        with pytest.warns(RuntimeWarning, match="ours"):
+            watched(torch.full((3, 4), torch.nan))
+
+    assert monitor.diagnosis is not None
+    assert monitor.diagnosis.origin.proof == "replayed"
+    kept = [torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True)]
+    assert kept == [policy == "skip"] * len(kept)
 
 
 @pytest.mark.parametrize("policy", ["record", "skip"])
