@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.overhead import WORKLOADS, Runner, Workload, preset
 from stabilitykit.config import PRESETS, MonitorConfig
-from stabilitykit.snapshot import tensors_of
+from stabilitykit.containers import tensors_of
 
 STEP = "the step itself"
 READING = ("statistics", "norms of every step", "copies and updates")

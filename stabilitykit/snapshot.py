@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import copy
-import gc
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from operator import attrgetter
-from types import FunctionType, ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from stabilitykit.containers import PLAIN, holds_live, tensors_of
 from stabilitykit.errors import UsageError
 from stabilitykit.random_states import RandomStates
 
-T = TypeVar("T")
-MAX_DEPTH = 3  # attributes of attributes: objects may refer to each other
-MOST_ENTRIES = 4_096  # looked at within an object's attribute: it may hold a data set
 _VERSION, _TRAINING, _REQUIRES_GRAD = map(attrgetter, ("_version", "training", "requires_grad"))
 BUFFER_FIELDS = ("examples", "labels", "logits", "task_labels", "uids", "inserted_steps")
 
@@ -270,16 +265,12 @@ def _assign(target: Any, name: str, tensor: Tensor) -> None:
         setattr(target, name, tensor)
 
 
-_PLAIN = frozenset((int, float, bool, str, type(None)))
-_NO_CONTAINER = (Tensor, type, ModuleType, FunctionType)
-
-
 def _hyperparameters(optimizer: Optimizer) -> Groups:
     return tuple({key: _held(key, value) for key, value in group.items()} for group in optimizer.param_groups)
 
 
 def _held(key: str, value: Any) -> Any:
-    if type(value) in _PLAIN:
+    if type(value) in PLAIN:
         return value
     return list(value) if key == "params" else clone_tree(value)
 
@@ -309,27 +300,6 @@ def clone_tree(value: Any) -> Any:
     if isinstance(value, int | float | str | bool | None) or holds_live(value):
         return value
     return copy.deepcopy(value)
-
-
-def holds_live(value: Any) -> bool:
-    """Whether it is, or leads to, a model, a parameter or an optimizer, of which there must be no second: a trainer.
-
-    What holds too much to look through counts as well, since a copy of it would take too long.
-    """
-    waiting, met = [value], set[int]()
-    while waiting:
-        entry = waiting.pop()
-        if isinstance(entry, nn.Module | nn.Parameter | Optimizer):
-            return True
-        if type(entry) in _PLAIN or isinstance(entry, _NO_CONTAINER) or id(entry) in met:
-            continue
-        met.add(id(entry))
-        if isinstance(entry, list | tuple | dict | set) and len(entry) > MOST_ENTRIES:
-            return True
-        waiting += gc.get_referents(entry)  # all that a deep copy might copy, in slots and partials as well
-        if len(met) + len(waiting) > MOST_ENTRIES:
-            return True
-    return False
 
 
 def _restore_optimizer(optimizer: Optimizer, states: Mapping[Tensor, Any]) -> None:
@@ -365,39 +335,3 @@ def _kind(tensor: Tensor) -> object:
     if tensor.layout != torch.strided or tensor.is_nested:
         return object()  # equal to no other
     return tensor.shape, tensor.dtype, tensor.device
-
-
-def tensors_of(value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested tuples, lists, mappings and objects, with its path: `[0]`, `.inputs`, `['x']`."""
-    return leaves_of(value, Tensor)
-
-
-def leaves_of(value: Any, kind: type[T], path: str = "", room: list[int] | None = None) -> Iterator[tuple[str, T]]:
-    """Everything of one type in nested containers, within an attribute as far as its `room` goes; see `tensors_of`."""
-    if isinstance(value, kind):
-        yield path, value
-    elif type(value) in _PLAIN:
-        return
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        for name in value._fields:
-            yield from leaves_of(getattr(value, name), kind, f"{path}.{name}", room)
-    elif isinstance(value, list | tuple):
-        passed = frozenset() if kind in _PLAIN else _PLAIN
-        for index, entry in enumerate(_first(value, room)):
-            if type(entry) not in passed:  # thousands of tokens may be
-                yield from leaves_of(entry, kind, f"{path}[{index}]", room)
-    elif isinstance(value, Mapping):
-        for key, entry in _first(value.items(), room):
-            yield from leaves_of(entry, kind, f"{path}[{key!r}]", room)
-    elif hasattr(value, "__dict__") and not isinstance(value, type | ModuleType | nn.Module | Optimizer | FunctionType):
-        for name, entry in vars(value).items():  # a dataclass, a graph, a batch class of the user's own
-            if path.count(".") < MAX_DEPTH:
-                yield from leaves_of(entry, kind, f"{path}.{name}", [MOST_ENTRIES] if room is None else room)
-
-
-def _first(entries: Collection[T], room: list[int] | None) -> Iterable[T]:
-    """As many as there is room for."""
-    if room is None:
-        return entries
-    before, room[0] = room[0], max(room[0] - len(entries), 0)
-    return islice(entries, before)

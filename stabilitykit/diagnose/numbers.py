@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stabilitykit.containers import leaves_of
 from stabilitykit.diagnose.graph import Leaf, Source
 from stabilitykit.measure.summary import bad_rows, summarise
 from stabilitykit.measure.values import is_finite
 from stabilitykit.schema import TensorSummary
-from stabilitykit.snapshot import leaves_of
 
 
 class Numbers:

@@ -14,13 +14,14 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from stabilitykit.containers import tensors_of
 from stabilitykit.diagnose.backwards import watching_backward
 from stabilitykit.diagnose.graph import Trace
 from stabilitykit.diagnose.labels import Labels
 from stabilitykit.diagnose.numbers import bad_numbers, batch_leaf, watching_exports
 from stabilitykit.diagnose.trace import Tracer
 from stabilitykit.measure.values import is_finite
-from stabilitykit.snapshot import BUFFER_FIELDS, tensors_of
+from stabilitykit.snapshot import BUFFER_FIELDS
 
 Settings = Mapping[str, Any]  # a group's, without its parameters
 

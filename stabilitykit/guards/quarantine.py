@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from stabilitykit.snapshot import tensors_of
+from stabilitykit.containers import tensors_of
 
 MAX_BATCHES = 100  # of a run: a loader that is broken for good must not fill the disk
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from stabilitykit.containers import tensors_of
 from stabilitykit.guards.checks import first_bad
 from stabilitykit.guards.tensors import ModelTensors
 from stabilitykit.random_states import RandomStates
-from stabilitykit.snapshot import Snapshot, TrainingState, tensors_of
+from stabilitykit.snapshot import Snapshot, TrainingState
 
 DEPTH = 3  # snapshots held for a rollback: one that is finite may already be on its way down
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from stabilitykit.containers import tensors_of
 from stabilitykit.errors import NonFiniteError, UsageError
 from stabilitykit.guards.checks import (
     Problem,
@@ -29,7 +30,6 @@ from stabilitykit.guards.learning_rate import COOLED, FACTOR
 from stabilitykit.guards.quarantine import set_aside
 from stabilitykit.guards.snapshots import GoodStates
 from stabilitykit.guards.tensors import ModelTensors
-from stabilitykit.snapshot import tensors_of
 
 Policy = Literal["raise", "skip", "rollback", "record"]
 DONE = {"raise": "raised", "skip": "step undone", "record": "left as it is"}

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from stabilitykit.containers import holds_live, tensors_of
 from stabilitykit.random_states import RandomStates
-from stabilitykit.snapshot import holds_live, tensors_of
 
 _PLAIN_ITERATORS = (
     "builtins",

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from stabilitykit.config import CADENCES, MonitorConfig
+from stabilitykit.containers import tensors_of
 from stabilitykit.measure.values import is_finite
 from stabilitykit.monitor.batches import copied, given_again, given_tensors, held_apart, taken_from
-from stabilitykit.snapshot import Moment, Snapshot, TrainingState, tensors_of
+from stabilitykit.snapshot import Moment, Snapshot, TrainingState
 from stabilitykit.watch.reading import Reading
 
 Step = Callable[..., Any]

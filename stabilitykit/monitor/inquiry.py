@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stabilitykit.containers import tensors_of
 from stabilitykit.diagnose.conclude import Context, conclude
 from stabilitykit.diagnose.graph import Leaf, Operation
 from stabilitykit.diagnose.numbers import bad_numbers
@@ -22,7 +23,7 @@ from stabilitykit.errors import UsageError
 from stabilitykit.measure.values import is_finite
 from stabilitykit.monitor.history import History, PastStep, Segment, Step
 from stabilitykit.schema import Diagnosis
-from stabilitykit.snapshot import Snapshot, TrainingState, tensors_of
+from stabilitykit.snapshot import Snapshot, TrainingState
 from stabilitykit.watch.reading import Reading
 
 # What is raised for no number's sake: a missing key, a wrong type, a file, the end of an iterator.

@@ -13,8 +13,8 @@ from torch._C import _DisableFuncTorch
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from stabilitykit.config import MonitorConfig
+from stabilitykit.containers import tensors_of
 from stabilitykit.measure.norms import tensor_norms, transfer
-from stabilitykit.snapshot import tensors_of
 from stabilitykit.watch.rows import RowCollector
 
 _Norm = tuple[str, Tensor]

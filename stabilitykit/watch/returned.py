@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from stabilitykit.snapshot import tensors_of
+from stabilitykit.containers import tensors_of
 
 MOST = 16  # plain numbers that are looked at: a list of more is data
 _WHERE_THE_LOSS_IS = ("['loss']", ".loss", "[0]")

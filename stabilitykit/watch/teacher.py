@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabilitykit.containers import tensors_of
 from stabilitykit.errors import UsageError
 from stabilitykit.random_states import RandomStates
-from stabilitykit.snapshot import tensors_of
 
 Forward = Callable[[Tensor], Any]
 

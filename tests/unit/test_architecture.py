@@ -14,18 +14,19 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "stabilitykit"
 
 # A room may import those it names, and nothing else of the toolkit.
-WATCHING = {"measure", "snapshot", "random_states", "config", "schema", "errors"}
+WATCHING = {"measure", "snapshot", "containers", "random_states", "config", "schema", "errors"}
 MAY_IMPORT = {
     "errors": {"schema"},  # for annotations
     "schema": set(),
     "config": {"errors"},
     "measure": {"schema", "errors"},
     "random_states": set(),
-    "snapshot": {"random_states", "errors"},
+    "containers": set(),
+    "snapshot": {"containers", "random_states", "errors"},
     "record": {"schema", "errors"},
     "watch": WATCHING,
-    "diagnose": {"measure", "snapshot", "schema", "errors"},
-    "guards": {"snapshot", "random_states", "measure", "schema", "errors"},
+    "diagnose": {"measure", "snapshot", "containers", "schema", "errors"},
+    "guards": {"snapshot", "containers", "random_states", "measure", "schema", "errors"},
     "monitor": {"diagnose", "record", "watch", *WATCHING},
     "integrations": {"monitor", "config", "schema", "errors"},
     "read": {"record", "schema", "errors"},

@@ -6,8 +6,6 @@ import copy
 import random
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +16,7 @@ from torch.optim import Optimizer
 from stabilitykit import random_states
 from stabilitykit.errors import UsageError
 from stabilitykit.random_states import RandomStates
-from stabilitykit.snapshot import MOST_ENTRIES, Moment, TrainingState, tensors_of
+from stabilitykit.snapshot import Moment, TrainingState
 
 OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter]], Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -467,53 +465,6 @@ def test_the_size_counts_parameters_buffers_and_gradients() -> None:
     model(torch.ones(1, 10)).sum().backward()
 
     assert TrainingState(model, []).capture().num_bytes == 2 * 10 * 10 * 4
-
-
-def test_tensors_are_found_in_every_kind_of_container() -> None:
-    from collections import namedtuple
-
-    Pair = namedtuple("Pair", "left right")
-
-    @dataclass
-    class Batch:
-        inputs: Tensor
-        note: str
-
-    one = torch.ones(())
-    nested = [{"x": (one, None)}, Pair(one, 3), Batch(one, "n"), one]
-
-    assert [path for path, _ in tensors_of(nested)] == ["[0]['x'][0]", "[1].left", "[2].inputs", "[3]"]
-
-
-class Counted(list[Any]):
-    """A list that counts what is taken out."""
-
-    num_taken = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        for entry in super().__iter__():
-            self.num_taken += 1
-            yield entry
-
-
-def test_a_data_set_within_an_object_is_not_gone_through() -> None:
-    @dataclass
-    class Loader:
-        samples: list[Any]
-        batch: dict[str, Tensor]
-
-    samples = Counted([(f"{index}.png", index) for index in range(100_000)])
-
-    found = [path for path, _ in tensors_of(Loader(samples, {"x": torch.ones(())}))]
-
-    assert found == [".batch['x']"]
-    assert samples.num_taken <= MOST_ENTRIES
-
-
-def test_a_long_list_that_is_the_batch_is_gone_through_to_its_end() -> None:
-    batch = [0] * (2 * MOST_ENTRIES) + [torch.ones(())]
-
-    assert [path for path, _ in tensors_of(batch)] == [f"[{2 * MOST_ENTRIES}]"]
 
 
 def test_an_optimizers_setting_that_is_a_module_is_held_as_it_is() -> None:
