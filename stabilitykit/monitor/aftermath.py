@@ -31,9 +31,9 @@ def as_path(run_dir: object) -> Path:
     """The caller's run folder.
 
     Raises:
-        UsageError: it is no path.
+        UsageError: it is no path, or an empty one, which would be the current folder.
     """
-    if not isinstance(run_dir, str | os.PathLike):
+    if not isinstance(run_dir, str | os.PathLike) or not os.fspath(run_dir):
         raise UsageError(f"attach: got run_dir={run_dir!r:.60}, expected a path; it is made if need be")
     return Path(run_dir)
 

@@ -63,17 +63,31 @@ def attach(
         )
     if not isinstance(stateful, Sequence) or any(entry is None for entry in stateful):
         raise UsageError(f"attach: got stateful={stateful!r:.60}, expected a sequence of objects with state_dict")
-    optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer or ())
-    if wrong := [type(entry).__name__ for entry in optimizers if not isinstance(entry, Optimizer)]:
-        raise UsageError(f"attach: got {wrong[0]} as optimizer, expected a torch.optim.Optimizer or a sequence of them")
-    also = tuple(entry for entry in stateful if isinstance(entry, Optimizer) and entry not in optimizers)
+    given = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer or ())
+    optimizers = tuple(map(_followed, given))
+    also = tuple(map(_followed, (entry for entry in stateful if isinstance(entry, Optimizer))))
     return Monitor(
         model,
-        (*optimizers, *also),
+        (*optimizers, *(entry for entry in also if entry not in optimizers)),
         new_run_dir() if run_dir is None else as_path(run_dir),
         config=MonitorConfig.of(config),
         on_nonfinite=on_nonfinite,
         scaler=scaler,
         stateful=[entry for entry in stateful if not isinstance(entry, Optimizer)],
         replay_buffer=replay_buffer,
+    )
+
+
+def _followed(optimizer: object) -> Optimizer:
+    """The optimizer that steps: the inner one where a wrapper, as Accelerate's, is one by its class alone."""
+    if not isinstance(optimizer, Optimizer):
+        name = type(optimizer).__name__
+        raise UsageError(f"attach: got {name} as optimizer, expected a torch.optim.Optimizer or a sequence of them")
+    if hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        return optimizer
+    if isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        return _followed(inner)
+    raise UsageError(
+        f"attach: got a {type(optimizer).__name__} that has not called Optimizer.__init__ as optimizer, expected one "
+        "that takes hooks; give the optimizer that it wraps"
     )

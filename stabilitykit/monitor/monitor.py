@@ -8,7 +8,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -77,30 +77,34 @@ class Monitor:
         self._state.on_error = self._ledger.own_error
         self._aftermath = Aftermath(run_dir, config)
         self._history = History(self._state, config, keeps_good=on_nonfinite == "rollback")
-        self._watched = Watched(
-            model,
-            self._optimizers,
-            replay_buffer,
-            self._ledger,
-            config,
-            on_update=self._update_begins,
-            after_update=self._update_ended,
-        )
         self._run_up = RunUp(config.run_up)
-        self._faults = Faults(
-            on_nonfinite,
-            config,
-            state=self._state,
-            history=self._history,
-            watched=self._watched,
-            ledger=self._ledger,
-            run_up=self._run_up,
-            scaled=self._scaler is not None,
-        )
         self._step_index = config.first_step
         self._mode: Literal["plain", "block", "replayable"] = "plain"
         self._inside = self._closed = self._concluded = self._several = False
         self._started = time.perf_counter()
+        with ExitStack() as undo:  # what cannot be attached to leaves no hook and no folder
+            undo.callback(self._ledger.run_file.withdraw)
+            self._watched = Watched(
+                model,
+                self._optimizers,
+                replay_buffer,
+                self._ledger,
+                config,
+                on_update=self._update_begins,
+                after_update=self._update_ended,
+            )
+            undo.callback(self._watched.close)
+            self._faults = Faults(
+                on_nonfinite,
+                config,
+                state=self._state,
+                history=self._history,
+                watched=self._watched,
+                ledger=self._ledger,
+                run_up=self._run_up,
+                scaled=self._scaler is not None,
+            )
+            undo.pop_all()
         self._newcomers = Newcomers(model, self._optimizer_arrived)
         self._finalizer = weakref.finalize(self, abandoned, self._ledger, self._aftermath, self._newcomers)
         if is_compiled(model):

@@ -10,7 +10,7 @@ import platform
 import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,8 +32,9 @@ PACKAGES = ("stabilitykit", "torch", "torchvision", "numpy", "pyarrow")
 class RunFile:
     """The run's facts, kept in memory and written whole at each change."""
 
-    def __init__(self, folder: Path, facts: dict[str, Any], attempt: int) -> None:
+    def __init__(self, folder: Path, facts: dict[str, Any], attempt: int, *, made_folder: bool) -> None:
         self.folder = folder
+        self._made_folder = made_folder
         self.attempt = attempt
         self._facts = facts
 
@@ -45,6 +46,7 @@ class RunFile:
             RunFolderError: the folder holds another run and `resume` is off, another process records into it, or it
                 cannot be written.
         """
+        made_folder = not folder.exists()
         try:
             with _claimed(folder):
                 exists = (folder / "run.json").exists()
@@ -54,7 +56,7 @@ class RunFile:
                 attempts = facts.setdefault("attempts", [])
                 started = datetime.now(UTC).isoformat(timespec="seconds")
                 attempts.append({"attempt": len(attempts), "created": started} | this_process())
-                made = cls(folder, facts, len(attempts) - 1)
+                made = cls(folder, facts, len(attempts) - 1, made_folder=made_folder)
                 made.write()
         except RunFolderError:
             raise
@@ -63,6 +65,18 @@ class RunFile:
                 f"run folder {folder}: {error}, expected one that can be written; choose another run_dir"
             ) from error
         return made
+
+    def withdraw(self) -> None:
+        """Leave the folder as it was: nothing is recorded after all."""
+        self._facts["attempts"].pop()
+        with suppress(OSError):  # what is in the way is somebody's
+            if self.attempt:
+                self.write()
+                return
+            (self.folder / "run.json").unlink()
+            (self.folder / "tmp").rmdir()
+            if self._made_folder:
+                self.folder.rmdir()
 
     def update(self, facts: Mapping[str, Any]) -> str:
         """Add facts of the caller's.

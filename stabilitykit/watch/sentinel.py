@@ -49,8 +49,12 @@ class Sentinel:
         self.bad_before = [name for name, entry in parameters.items() if not is_finite(entry)]
         self._unused_bad = set(self.bad_before)  # a bad parameter that is used shows in the loss or in a gradient
         self._handles: list[tuple[Optimizer, RemovableHandle]] = []
-        for optimizer in optimizers:
-            self.follow(optimizer)
+        try:
+            for optimizer in optimizers:
+                self.follow(optimizer)
+        except BaseException:
+            self.close()
+            raise
         self.begin()
 
     def follow(self, optimizer: Optimizer) -> None:

@@ -55,15 +55,19 @@ class Watch:
         self._rows = RowCollector(names)
         self._tensors = ParameterWatch(model, optimizers, parameters, self._rows, config)
         self._modules = ModuleWatch(model, self._rows, self.unseen, config)
-        self._sentinel = Sentinel(
-            model,
-            optimizers,
-            parameters,
-            unseen=self.unseen,
-            on_backward=self._backward_ended,
-            on_optimizer=self._update_begins,
-            after_optimizer=after_update,
-        )
+        try:
+            self._sentinel = Sentinel(
+                model,
+                optimizers,
+                parameters,
+                unseen=self.unseen,
+                on_backward=self._backward_ended,
+                on_optimizer=self._update_begins,
+                after_optimizer=after_update,
+            )
+        except BaseException:
+            self._modules.close()
+            raise
         self._acquitted: set[str] = set()  # metrics among what the step returns, by path
         self._suspected: Counter[str] = Counter()  # how often without ground, where it has a gradient
         self._closed = False

@@ -24,8 +24,26 @@ def model() -> nn.Module:
     return nn.Linear(2, 2)
 
 
+class Outer(torch.optim.Optimizer):
+    """An optimizer by its class alone, as wrappers of training libraries are."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer | None) -> None:
+        self.optimizer = optimizer
+
+    state = property(lambda self: self.optimizer.state)
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    defaults = property(lambda self: self.optimizer.defaults)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        self.optimizer.step(closure)
+
+
 def hooks(model: nn.Module) -> int:
-    return len(model._forward_hooks) + len(model._forward_pre_hooks)
+    of_parameters = (entry._post_accumulate_grad_hooks or () for entry in model.parameters())
+    return len(model._forward_hooks) + len(model._forward_pre_hooks) + sum(map(len, of_parameters))
 
 
 @pytest.mark.parametrize(
@@ -45,6 +63,7 @@ def hooks(model: nn.Module) -> int:
         ({"config": 3}, "attach: got config 3, expected"),
         ({"config": {"cadence": 3}}, "attach: got config .*, expected a MonitorConfig or one of light"),
         ({"run_dir": 3}, "attach: got run_dir=3, expected a path"),
+        ({"run_dir": ""}, "attach: got run_dir='', expected a path"),
     ],
     ids=str,
 )
@@ -316,3 +335,64 @@ def test_what_the_caller_logs_is_in_the_record_with_the_step_it_belongs_to(tmp_p
     assert list(steps["task"]) == [1, 2]
     assert list(events["kind"]) == ["task", "task", "guard"]
     assert run.meta["results"] == {"class_il": 0.5}
+
+
+def test_the_optimizer_in_a_wrapper_is_followed(tmp_path: Path, model: nn.Module) -> None:
+    outer = Outer(torch.optim.SGD(model.parameters(), lr=0.25))
+
+    def step(batch: torch.Tensor) -> torch.Tensor:
+        outer.zero_grad()
+        loss = model(batch).square().mean()
+        loss.backward()
+        outer.step()
+        return loss
+
+    with sk.attach(model, outer, tmp_path / "run", config=QUIET, on_nonfinite="record") as monitor:
+        watched = monitor.replayable(step)
+        watched(torch.ones(3, 2))
+        watched(torch.full((3, 2), torch.nan))
+
+    assert (monitor.diagnosis.origin.step, monitor.diagnosis.origin.proof) == (1, "replayed")
+    assert sk.open_run(tmp_path / "run").steps()["lr"].tolist() == [0.25, 0.25]
+
+
+def test_an_optimizer_by_its_class_alone_is_refused(tmp_path: Path, model: nn.Module) -> None:
+    with pytest.raises(
+        sk.UsageError, match=r"got a Outer that has not called Optimizer.__init__ as optimizer, expected"
+    ):
+        sk.attach(model, Outer(None), tmp_path / "run", config=QUIET)
+
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "stabilitykit.watch.watch.Sentinel",
+        "stabilitykit.watch.sentinel.Sentinel.follow",
+        "stabilitykit.monitor.faults.is_finite",
+    ],
+)
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_cannot_be_attached_to_is_left_as_it_was(
+    target: str, resumed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.BatchNorm1d(2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run_dir = tmp_path / "run"
+    if resumed:
+        sk.attach(model, optimizer, run_dir, config=QUIET).close()
+    before = json.loads((run_dir / "run.json").read_text()) if resumed else None
+
+    def fail(*_: object, **_options: object) -> None:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, fail)
+        with pytest.raises(MemoryError):
+            sk.attach(model, optimizer, run_dir, config=QUIET.replace(resume=resumed))
+
+    assert hooks(model) + len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks) == 0
+    assert run_dir.exists() == resumed
+    assert not resumed or json.loads((run_dir / "run.json").read_text()) == before
+    sk.attach(model, optimizer, run_dir, config=QUIET.replace(resume=resumed)).close()
