@@ -284,7 +284,7 @@ def verdict(origin: Origin, task: int | None = None) -> str:
 def _where(origin: Origin) -> str:
     if not origin.op:
         held = {
-            "data": "the batch already held it",
+            "data": "the batch already held it" if origin.tensor else "a tensor kept outside the step already held it",
             "buffer": "a replayed sample already held it",
             "weights": "the parameter already held it when the step began",
             "state": "the module's buffer already held it when the step began",

@@ -26,7 +26,7 @@ PROOF_WORDS: dict[Proof, str] = {
     ),
 }
 PHASE_WORDS: dict[Phase, str] = {
-    "data": "data: the batch already held it",
+    "data": "data: the batch, or a tensor kept outside the step, already held it",
     "buffer": "buffer: the replay buffer already held it",
     "weights": "weights: a parameter held it when the step began",
     "forward": "forward",

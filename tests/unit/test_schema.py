@@ -168,6 +168,12 @@ def test_where_no_operation_is_to_blame_the_verdict_says_what_held_the_value(pha
     assert words in verdict(Origin(step=0, phase=phase, kind="nan", tensor="batch[0]"))
 
 
+def test_what_is_no_entry_of_the_batch_is_not_said_to_be_one() -> None:
+    said = verdict(Origin(step=4, phase="data", kind="nan"))
+
+    assert said == "step 4: first NaN in the data phase: a tensor kept outside the step already held it"
+
+
 def test_a_backward_origin_is_the_derivative_of_the_forward_operation() -> None:
     origin = Origin(step=0, phase="backward", kind="nan", op="sqrt", tensor="w")
 
