@@ -103,6 +103,16 @@ class Ledger:
             got = f"a {kind}tensor of shape {tuple(value.shape)}"
         self.own_error(TypeError(f"{where}: got {got} as {name}, expected a number; it is left out"))
 
+    def loss_scale(self, scaler: Any) -> float:
+        """The scale of a GradScaler as it is now, nan without one."""
+        if scaler is None:
+            return math.nan
+        try:
+            return float(scaler.get_scale())
+        except Exception as error:  # noqa: BLE001 - the caller's object
+            self.own_error(error)
+            return math.nan
+
     def event(self, event: Event) -> None:
         """Something that happened, written with the next step row."""
         self._events.append(_stamped(event))

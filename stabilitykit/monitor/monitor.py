@@ -121,6 +121,8 @@ class Monitor:
         `loss` in a mapping: it is checked as well.
         """
         refuse_deferred(function)
+        if self._mode == "plain":
+            self._watched.watch.rest()
         self._mode = "replayable"
 
         @functools.wraps(function)
@@ -140,14 +142,10 @@ class Monitor:
             yield
             return
         self._mode = "block" if self._mode == "plain" else self._mode
-        self._begin_step()
-        self._inside = True
-        try:
+        with self._one_step():
             yield
-        finally:
-            self._inside = False
-        if not self._closed:
-            self._finish(self._judge_unwrapped(before_update=False))
+            if not self._closed:
+                self._finish(self._judge_unwrapped(before_update=False))
 
     def log(self, *, task: int | None = None, epoch: int | None = None, **scalars: float | Tensor) -> None:
         """Record numbers of your own with the current step; `task` and `epoch` hold until they are set again."""
@@ -221,18 +219,20 @@ class Monitor:
         self._concluded = False
         recording = self._ledger.begin_step(self._step_index)
         # A wrapped step's last act may be to move the scale; a plain loop's begins and ends before it is moved.
-        self._scale = math.nan if self._mode == "plain" else self._loss_scale()
+        self._scale = math.nan if self._mode == "plain" else self._ledger.loss_scale(self._scaler)
         self._watched.watch.begin(recording=recording, trailing=trailing)
         self._started = time.perf_counter()
 
-    def _loss_scale(self) -> float:
-        if self._scaler is None:
-            return math.nan
+    @contextmanager
+    def _one_step(self) -> Iterator[None]:
+        """What runs within is recorded, and nothing after it, also where it is broken off."""
+        self._begin_step()
+        self._inside = True
         try:
-            return float(self._scaler.get_scale())
-        except Exception as error:  # noqa: BLE001 - the caller's object
-            self._ledger.own_error(error)
-            return math.nan
+            yield
+        finally:
+            self._inside = False
+            self._watched.watch.rest()
 
     def _replayable_step(self, function: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entered = time.perf_counter()
@@ -246,6 +246,9 @@ class Monitor:
             returned = function(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - looked into, then raised again
             raised = error
+        except BaseException:
+            self._watched.watch.rest()
+            raise
         finally:
             self._inside = False
         seconds = time.perf_counter() - self._started
@@ -285,14 +288,10 @@ class Monitor:
         return self._several
 
     def _step_among_others(self, function: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._begin_step()
-        self._inside = True
-        try:
+        with self._one_step():
             returned = function(*args, **kwargs)
-        finally:
-            self._inside = False
-        if not self._closed:
-            self._finish(self._judge_unwrapped(before_update=False, returned=returned))
+            if not self._closed:
+                self._finish(self._judge_unwrapped(before_update=False, returned=returned))
         return returned
 
     def _settle(self, reading: Reading, seconds: float) -> None:
@@ -339,7 +338,7 @@ class Monitor:
             rows,
             seconds=seconds,
             learning_rates=[float(g["lr"]) for o in self._optimizers for g in o.param_groups if "lr" in g],
-            loss_scale=self._loss_scale() if self._mode == "plain" else self._scale,
+            loss_scale=self._ledger.loss_scale(self._scaler) if self._mode == "plain" else self._scale,
             update_norm=update,
             skipped=skipped or not reading.stepped,
         )

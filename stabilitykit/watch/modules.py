@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from stabilitykit.measure.norms import tensor_norms, transfer
 from stabilitykit.watch.rows import RowCollector
 
 _Norm = tuple[str, Tensor]
+TRAIL = 1 << 14  # what is followed without a replay; more has passed since the last update where parts are evaluated
 
 
 class ModuleWatch:
@@ -36,7 +38,9 @@ class ModuleWatch:
     ) -> None:
         self._config = config
         self.recording = self._trailing = False
-        self._trails: tuple[list[_Norm], list[_Norm], list[_Norm]] = ([], [], [])
+        self._trails = _trails()
+        self._thread = get_ident()
+        self._evaluating = False  # the model is being called without gradients, in eval mode
         self._rows = rows
         self._unseen = unseen
         self._calls: Counter[str] = Counter()
@@ -54,10 +58,15 @@ class ModuleWatch:
         return self.recording or self._trailing
 
     def begin(self, *, recording: bool, trailing: bool = False) -> None:
-        """A step starts, to be recorded or not; `trailing` keeps a norm of all that passes, for want of a replay."""
+        """A step starts, to be recorded or not; `trailing` keeps a norm of all that passes, for want of a replay.
+
+        The thread that calls this runs the step: what another has the model do meanwhile is no part of it.
+        """
+        self._thread = get_ident()
+        self._evaluating = False
         self.recording, self._trailing = recording, trailing
         self._calls.clear()
-        self._trails = ([], [], [])
+        self._trails = _trails()
 
     def trail(self) -> tuple[list[tuple[str, float]], list[tuple[str, float]], list[tuple[str, float]]]:
         """Names and L2 norms of what passed since `begin`: the model's inputs, module outputs, output gradients."""
@@ -74,6 +83,11 @@ class ModuleWatch:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def record(self, name: str, output: Any) -> None:
         """A module has returned."""
+        if get_ident() != self._thread:
+            return
+        if self._evaluating:
+            self._evaluating = bool(name)  # the model itself returns last
+            return
         call = self._calls[name]
         self._calls[name] += 1
         tensors = (("", output),) if isinstance(output, Tensor) else tensors_of(output)
@@ -87,8 +101,16 @@ class ModuleWatch:
                 tensor.register_hook(self._gradient_hook(label, name, call))  # type: ignore[no-untyped-call]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def record_inputs(self, inputs: Any) -> None:
-        """The model is called."""
+    def record_inputs(self, inputs: Any, *, training: bool) -> None:
+        """The model is called, in train or in eval mode.
+
+        Where nobody says when a step begins, one in eval mode and without gradients is an evaluation between two.
+        """
+        if get_ident() != self._thread:
+            return
+        self._evaluating = self._trailing and not (training or torch.is_grad_enabled())
+        if self._evaluating:
+            return
         for path, tensor in tensors_of(inputs):
             if tensor.is_floating_point() and not is_functorch_wrapped_tensor(tensor):
                 self._unseen(partial(self._follow, 0, f"input{path}", tensor.detach()))
@@ -122,6 +144,11 @@ class ModuleWatch:
         return hook
 
 
+def _trails() -> tuple[deque[_Norm], deque[_Norm], deque[_Norm]]:
+    """Of the model's inputs, module outputs and output gradients: the latest."""
+    return deque(maxlen=TRAIL), deque(maxlen=TRAIL), deque(maxlen=TRAIL)
+
+
 class _Hook:
     """A forward hook that a deep copy or a pickle of the model leaves behind, inert.
 
@@ -148,9 +175,9 @@ class _InputHook:
     def __init__(self, watch: ModuleWatch | None) -> None:
         self._watch = watch
 
-    def __call__(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._watch is not None and not torch.compiler.is_compiling() and self._watch.active:
-            self._watch.record_inputs((*args, *kwargs.values()))
+            self._watch.record_inputs((*args, *kwargs.values()), training=module.training)
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> _InputHook:
         return _InputHook(None)

@@ -72,7 +72,7 @@ class _Blank:
 
 
 class RowCollector:
-    """Collects measurements; `take` empties it.
+    """Collects measurements; `take` and `clear` empty it.
 
     Attributes:
         largest: name and magnitude of the largest finite module output among the rows last taken.
@@ -83,7 +83,7 @@ class RowCollector:
         self._names = names
         self._ids: dict[tuple[str, str], int] = {}
         self._blank = _Blank([])
-        self._begin()
+        self.clear()
 
     def add(
         self, name: str, role: Role, phase: Phase, tensor: Tensor, *, kind: str, call: int = 0, micro: int = 0
@@ -114,7 +114,16 @@ class RowCollector:
         try:
             return self._rows()
         finally:
-            self._begin()
+            self.clear()
+
+    def clear(self) -> None:
+        """Let go of what was measured and not taken."""
+        self._keys: list[_Key] = []
+        self._on_host: list[tuple[int, Numbers]] = []
+        self._on_device: list[tuple[int, Tensor]] = []
+        self._small: list[tuple[int, Tensor]] = []
+        self._num_small = 0
+        self._found: list[tuple[Any, Any]] = []  # positions, and [positions, 9]
 
     def _rows(self) -> NDArray[np.void]:
         self._measure_small()
@@ -132,14 +141,6 @@ class RowCollector:
             self._blank = _Blank(self._keys)
         self.largest = self._blank.largest(numbers)
         return self._blank.filled(numbers)
-
-    def _begin(self) -> None:
-        self._keys: list[_Key] = []
-        self._on_host: list[tuple[int, Numbers]] = []
-        self._on_device: list[tuple[int, Tensor]] = []
-        self._small: list[tuple[int, Tensor]] = []
-        self._num_small = 0
-        self._found: list[tuple[Any, Any]] = []  # positions, and [positions, 9]
 
     def _measure_small(self) -> None:
         if self._small:

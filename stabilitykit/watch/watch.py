@@ -91,12 +91,19 @@ class Watch:
         self._sentinel.leave(optimizer)
 
     def begin(self, *, recording: bool, trailing: bool) -> None:
-        """A step starts; see `ModuleWatch.begin`."""
+        """A step starts; see `ModuleWatch.begin`. What was measured since the last one ended belongs to neither."""
+        self._rows.clear()
         self._sentinel.begin(trailing=trailing)
         if recording:
             self._sentinel.refresh()
         self._modules.begin(recording=recording, trailing=trailing)
         self._tensors.begin(recording=recording)
+
+    def rest(self) -> None:
+        """Between steps, where they are known to begin and end: an evaluation is no part of either."""
+        if not self._closed:
+            self._rows.clear()
+            self._modules.begin(recording=False)
 
     def begin_again(self, before: Mapping[str, Tensor] | None = None) -> None:
         """A step is run again: judged as the first time, and recorded in full; see `ParameterWatch.begin`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+
+from stabilitykit.watch import modules
 
 
 def test_outputs_come_in_the_order_of_execution_innermost_first(watched) -> None:
@@ -68,11 +71,12 @@ def test_calls_are_counted_anew_in_each_step(watched) -> None:
     model = nn.Linear(3, 3)
     watch = watched(model)
     model(torch.ones(1, 3))
+    first = watch.rows()
 
     watch.watch.begin(recording=True, trailing=False)
     model(torch.ones(1, 3))
 
-    assert [row["call"] for row in watch.rows()] == [0, 0]
+    assert [row["call"] for row in first + watch.rows()] == [0, 0]
 
 
 def test_between_recorded_steps_nothing_is_measured(watched) -> None:
@@ -219,6 +223,59 @@ def test_the_trail_holds_a_norm_of_all_that_passed_for_want_of_a_replay(watched)
     assert inputs == [("input[0]", pytest.approx(3**0.5))]
     assert [name for name, _ in outputs] == ["0", "1", ""]
     assert {name for name, _ in gradients} == {"", "1", "0"}
+    assert watch.rows() == []
+
+
+def test_where_steps_are_not_told_an_evaluation_is_no_part_of_one(watched) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
+    watch = watched(model)
+    watch.watch.begin(recording=True, trailing=True)
+
+    model.eval()
+    with torch.no_grad():
+        model(torch.full((2, 3), 100.0))
+        model[0](torch.ones(2, 3))  # as a step calls a teacher beside the model
+    model.train()
+    model(torch.ones(2, 3))
+
+    inputs, outputs, _ = watch.watch.trail()
+    assert inputs == [("input[0]", pytest.approx(6**0.5))]
+    assert [name for name, _ in outputs] == ["0", "0", "1", ""]
+    assert watch.of("output") == ["0", "0", "1", ""]
+
+
+def test_the_trail_of_endless_calls_has_an_end(watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modules, "TRAIL", 5)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    watch = watched(model)
+    watch.watch.begin(recording=False, trailing=True)
+
+    for _ in range(10):
+        model[0](torch.ones(2, 3))
+    model(torch.ones(2, 3))
+
+    assert [name for name, _ in watch.watch.trail()[1]] == ["0", "0", "0", "1", ""]
+
+
+def test_what_another_thread_has_the_model_do_is_no_part_of_the_step(watched) -> None:
+    model = nn.Linear(3, 4)
+    watch = watched(model)
+
+    model(torch.ones(2, 3))
+    thread = threading.Thread(target=lambda: model(torch.ones(2, 3)))
+    thread.start()
+    thread.join()
+
+    assert [row["call"] for row in watch.rows()] == [0]
+
+
+def test_what_was_measured_before_a_step_begins_is_no_part_of_it(watched) -> None:
+    model = nn.Linear(3, 4)
+    watch = watched(model)
+
+    model(torch.ones(2, 3))
+    watch.watch.begin(recording=True, trailing=False)
+
     assert watch.rows() == []
 
 
