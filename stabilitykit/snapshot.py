@@ -77,6 +77,8 @@ class TrainingState:
         self.on_error: Callable[[Exception], None] | None = None  # told of an object that refuses its own state
         self._extras = tuple(_Extra.of(entry) for entry in unique.values())
         self._versioned: list[Tensor] = []
+        self._parameters: list[Tensor] = []
+        self._gradients: list[tuple[Tensor, weakref.ref[Tensor] | None, int]] = []
         self._states: list[Tensor] = []
         self._states_held: tuple[int, ...] = ()
         self._moded: list[nn.Module] = []
@@ -112,7 +114,7 @@ class TrainingState:
         """
         parameters = self.parameters()
         buffers = [entry for module in self.modules for entry in module.buffers() if not is_lazy(entry)]
-        self._versioned = [*parameters, *buffers]
+        self._parameters, self._versioned = parameters, [*parameters, *buffers]
         self._states_held = ()  # an optimizer may put new tensors into its state
         self._moded = [entry for module in self.modules for entry in module.modules()]
         known = dict(spare.tensors) if spare else {}
@@ -175,6 +177,26 @@ class TrainingState:
         for optimizer, groups in moment.hyperparameters:
             _restore_groups(optimizer, groups)
         moment.random.restore()
+
+    def note_gradients(self) -> None:
+        """A step is over: remember which gradients there are."""
+        self._gradients = [
+            (entry, None, 0) if (gradient := entry.grad) is None else (entry, weakref.ref(gradient), gradient._version)
+            for entry in self._parameters
+        ]
+
+    def cleared_gradients(self) -> Sequence[Tensor] | None:
+        """Parameters whose gradients have been let go of since they were noted; None where others are there now."""
+        cleared = []
+        for parameter, reference, version in self._gradients:
+            gradient = parameter.grad
+            if gradient is None and reference is not None:
+                cleared.append(parameter)
+            elif gradient is not None and (
+                reference is None or reference() is not gradient or gradient._version != version
+            ):
+                return None
+        return cleared
 
     def fingerprint(self) -> tuple[int, ...]:
         """Changes with a write to a captured tensor, an optimizer's state or a replay buffer, and with modes."""

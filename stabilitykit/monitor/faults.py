@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -106,6 +106,8 @@ class Faults:
             return self._acquit(outcome, ran)
         if self._pending is not None and not diagnosis.origin.op and diagnosis.origin.phase == "backward":
             diagnosis = self._pending  # the gradient was bad when the step began: it went bad in an earlier one
+        if self._policy == "skip" and not outcome.exact:
+            diagnosis = replace(diagnosis, remedies=(*diagnosis.remedies, wording.GONE_BACK_OTHERWISE))
         self.conclude(diagnosis, index)
         return self._act(outcome, diagnosis, index)
 
@@ -251,10 +253,12 @@ class Faults:
             return Act(skipped=True, fatal=diagnosis)
         streams = self._state.moment().random
         self._put_back(outcome.before)
+        began, good = self._history.last_good() or (None, None)
         if self._policy == "rollback":
-            began, good = self._history.last_good() or (None, None)
             self._put_back(good)
             self._ledger.event(wording.rolled_back(index, began))
+        if good is None and back_to is None and not outcome.exact:
+            self._ledger.event(wording.gone_back_otherwise(index))
         streams.restore()  # else the same random draws would meet the same fate
         self._num_consecutive += 1
         if self._num_consecutive < self._config.max_consecutive_skips:

@@ -31,6 +31,7 @@ class PastStep:
     Attributes:
         function: that did it; a GAN's two take turns.
         tensors: of the batch; their versions when the step began are in `versions`.
+        cleared: parameters whose gradients the loop let go of before the step.
         copied: the batch is our copy, but for what cannot be copied.
     """
 
@@ -41,6 +42,7 @@ class PastStep:
     kwargs: dict[str, Any]
     tensors: Sequence[Tensor]
     versions: Sequence[int]
+    cleared: Sequence[Tensor]
     copied: bool
     reading: Reading | None = None
 
@@ -78,8 +80,8 @@ class History:
     """Takes snapshots at a cadence that keeps within its budget, and rewinds to the start of the current step.
 
     A snapshot is due when its cadence says so, when batches held by reference pass `max_bytes`, and whenever the
-    state was changed between two steps (weights averaged, a buffer filled by the caller), since a re-run could not
-    repeat that.
+    state was changed between two steps (weights averaged, gradients made, a buffer filled by the caller), since a
+    re-run could not repeat that.
 
     Attributes:
         unrepeated: the step that the last `rewind` stayed at, since the steps after it went bad when they were run
@@ -117,7 +119,9 @@ class History:
         """A step is about to run; `touched`: the caller knows of a change of state since the last one."""
         if self._cut or any(past.reading is None for past in self.recent()[-1:]):  # left half-way, by an exception
             self.forget()
-        if touched or self._snapshot_due():
+        cleared = self._state.cleared_gradients()
+        if touched or cleared is None or self._snapshot_due():
+            cleared = ()
             started = time.perf_counter()
             snapshot = self._state.capture(self._spare())
             self._snapshot_seconds = _smooth(self._snapshot_seconds, time.perf_counter() - started)
@@ -130,7 +134,7 @@ class History:
             moment = self._state.moment()
         args, kwargs = copied((args, kwargs)) if self._copy_batches else held_apart((args, kwargs))
         tensors = given_tensors((*args, *kwargs.values()))
-        past = PastStep(index, function, moment, args, kwargs, tensors, _versions(tensors), self._copy_batches)
+        past = PastStep(index, function, moment, args, kwargs, tensors, _versions(tensors), cleared, self._copy_batches)
         self._held_bytes += past.num_bytes
         self._current.steps.append(past)
 
@@ -146,6 +150,7 @@ class History:
                 self._copy_batches = True
                 self.forget()
         self._fingerprint = self._state.fingerprint()
+        self._state.note_gradients()
 
     def forget(self) -> None:
         """The state has been put somewhere else: begin anew with a snapshot at the next step."""
@@ -201,7 +206,7 @@ class History:
         self.unrepeated = None
         exact = True
         for past in segment.steps:
-            self._state.restore_moment(past.moment)
+            self.set_out(past)
             if past is current:
                 break
             again = rerun(past)
@@ -213,6 +218,12 @@ class History:
                 self.unrepeated = segment.steps[0].index
                 break
         return exact
+
+    def set_out(self, past: PastStep) -> None:
+        """What lies between two steps: from the end of the one before to the start of this one."""
+        self._state.restore_moment(past.moment)
+        for parameter in past.cleared:
+            parameter.grad = None
 
     def last_good(self) -> tuple[int, Snapshot] | None:
         """A good state, at least `rollback_steps` old where there is one, and the step it began."""

@@ -94,6 +94,7 @@ class Outcome:
         after: the state as the first run of the step left it; None where it is as it was, since no copy could be made.
         failure: why the step could not be run again; `before` is then `after`.
         same: whether the second run gave bit for bit what the first had.
+        exact: whether all on the way back to `before` had.
     """
 
     diagnosis: Diagnosis | None
@@ -101,6 +102,7 @@ class Outcome:
     after: Snapshot | None
     failure: Exception | None = None
     same: bool = True
+    exact: bool = True
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ class Inquiry:
         if finding is None and retraced.error is not None and ran.raised is None:
             return Outcome(None, after, after, retraced.error)
         if finding is None:
-            return Outcome(None, before, after, same=same)
+            return Outcome(None, before, after, same=same, exact=exact)
         known = dict(facts())
         with suppress(Exception):  # there is a finding already
             finding = self._weigh(ran, route[-1], written, finding, intended, unused=unused)
@@ -182,7 +184,7 @@ class Inquiry:
             optimizer=", ".join(type(entry).__name__ for entry in self.subject.optimizers),
             **known,
         )
-        return Outcome(conclude(finding, context), before, after)
+        return Outcome(conclude(finding, context), before, after, same=same, exact=exact)
 
     def _weigh(
         self,
@@ -240,7 +242,7 @@ class Inquiry:
     def _lead(self, past: PastStep, following: PastStep) -> Lead:
         def settle(returned: Any) -> bool:
             again = self.read(past.index, returned)
-            self.state.restore_moment(following.moment)
+            self.history.set_out(following)
             self.begin(None)
             return past.reading is not None and past.reading.same_step(again)
 
@@ -261,8 +263,8 @@ class Inquiry:
         """Go back to the start of the step that has just run, without a trace."""
 
         def go_back(after: Snapshot) -> Outcome:
-            self._rewind(self.late_writes())
-            return Outcome(None, self.state.capture(), after)
+            exact = self._rewind(self.late_writes())
+            return Outcome(None, self.state.capture(), after, exact=exact)
 
         return self._from_here(go_back)
 

@@ -121,6 +121,18 @@ def not_repeated(step: int, back_to: int) -> Event:
     return Event(kind="rollback", message=text, severity="warning", data={"from_step": step, "to_step": back_to})
 
 
+GONE_BACK_OTHERWISE = (
+    "the steps on the way back to its start went otherwise than the first time, so the weights training goes on with "
+    "may not be those it had: name in attach(..., stateful=[...]) what else a step depends on, or set snapshot_every=1"
+)
+
+
+def gone_back_otherwise(step: int) -> Event:
+    """A step was undone by running others again, and these differed."""
+    text = f"step {step:,} is undone, but {GONE_BACK_OTHERWISE}"
+    return Event(kind="replayed_differs", subject=str(step), message=text, severity="warning")
+
+
 def acquitted(reading: Reading, *, scaled: bool) -> Iterator[Event]:
     """What a suspicion came to that was unfounded."""
     if reading.unused_gradients:

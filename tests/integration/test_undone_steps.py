@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import stabilitykit as sk
+from stabilitykit.snapshot import TrainingState
 
 QUIET = sk.MonitorConfig(report=False, compact=False, snapshot_every=100)
 
@@ -41,3 +46,93 @@ def test_model_and_optimizer_among_the_arguments_are_never_copied(tmp_path: Path
     assert all(map(torch.equal, before, model.parameters()))
     assert monitor.diagnosis is not None
     assert monitor.diagnosis.origin.proof == "replayed"
+
+
+def kept_to_none(optimizer: torch.optim.Optimizer, _model: nn.Module) -> None:
+    optimizer.zero_grad()
+
+
+def kept_to_zeros(optimizer: torch.optim.Optimizer, _model: nn.Module) -> None:
+    optimizer.zero_grad(set_to_none=False)
+
+
+def of_one_layer(_optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    model[2].zero_grad()
+
+
+def filled_anew(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    optimizer.zero_grad()
+    model(torch.ones(2, 4)).mean().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "num_snapshots"), [(kept_to_none, 1), (of_one_layer, 1), (kept_to_zeros, 4), (filled_anew, 4)]
+)
+def test_a_loop_that_changes_gradients_between_steps_gets_its_weights_back(
+    change: Callable[[torch.optim.Optimizer, nn.Module], None],
+    num_snapshots: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, optimizer = network()
+    captures = counted_captures(monkeypatch)
+
+    def train_step(batch: Tensor) -> Tensor:
+        loss = model(batch).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    with sk.attach(model, optimizer, tmp_path / "run", config=QUIET, on_nonfinite="skip") as monitor:
+        step = monitor.replayable(train_step)
+        for _ in range(4):
+            change(optimizer, model)
+            step(torch.randn(5, 4))
+        taken = len(captures)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        change(optimizer, model)
+        step(torch.full((5, 4), torch.nan))
+
+    assert taken == num_snapshots
+    assert all(map(torch.equal, before, model.parameters()))
+    assert monitor.diagnosis is not None
+    assert monitor.diagnosis.origin.proof == "replayed"
+
+
+def counted_captures(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Grows with every snapshot."""
+    captures: list[object] = []
+    capture = TrainingState.capture
+
+    def counted(state: TrainingState, *args: Any) -> Any:
+        captures.append(state)
+        return capture(state, *args)
+
+    monkeypatch.setattr(TrainingState, "capture", counted)
+    return captures
+
+
+@pytest.mark.parametrize(("snapshot_every", "told"), [(100, 2), (1, 0)])
+def test_a_step_undone_by_way_of_others_that_differed_is_told_of(
+    snapshot_every: int, told: int, tmp_path: Path
+) -> None:
+    model, optimizer = network()
+    ticks = itertools.count(1)  # nobody puts it back
+
+    def train_step(batch: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = model(batch).square().mean() * next(ticks)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    config = QUIET.replace(snapshot_every=snapshot_every, replays=1)
+    with sk.attach(model, optimizer, tmp_path / "run", config=config, on_nonfinite="skip") as monitor:
+        step = monitor.replayable(train_step)
+        for bad in (False, False, True, False, True):  # the second is undone without a diagnosis of its own
+            step(torch.full((5, 4), torch.nan if bad else 1.0))
+
+    events = sk.open_run(tmp_path / "run").events()
+    assert monitor.diagnosis is not None
+    assert list(events[events.kind == "replayed_differs"].step) == [2, 4][:told]
+    assert any("may not be those it had" in remedy for remedy in monitor.diagnosis.remedies) == bool(told)
