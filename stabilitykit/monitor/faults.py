@@ -111,7 +111,14 @@ class Faults:
         self.conclude(diagnosis, index)
         return self._act(outcome, diagnosis, index)
 
-    def note_unused(self, ran: Ran, index: int) -> None:
+    def note_gradients(self, ran: Ran, index: int, *, held: bool) -> None:
+        """Say of a step that is no fault what became of its bad gradients; `held`: it can be run again."""
+        if held and ran.reading.unused_gradients:
+            self._note_unused(ran, index)
+        if ran.reading.mended_gradients:
+            self._ledger.event(wording.mended_gradients(ran.reading))
+
+    def _note_unused(self, ran: Ran, index: int) -> None:
         """Gradients are bad and no optimizer stepped: no fault, unless a later step of an accumulation uses them."""
         self._ledger.event(wording.unused_gradients(ran.reading, scaled=self._scaled))
         if self._scaled or self._pending is not None or self._num_looks >= self._config.replays:

@@ -269,10 +269,7 @@ class Monitor:
                 self._settle(ran.reading, 0.0)
             self._finish(ran.reading, skipped=act.skipped)
             return act
-        if unheld is None and ran.reading.unused_gradients:
-            self._faults.note_unused(ran, self._step_index)
-        if ran.reading.mended_gradients:
-            self._ledger.event(wording.mended_gradients(ran.reading))
+        self._faults.note_gradients(ran, self._step_index, held=unheld is None)
         if ran.raised is None:
             self._settle(ran.reading, seconds)
         self._finish(ran.reading, seconds)
