@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from typing import cast
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE
     try:
         outcome = cast("Command", arguments.command).execute(arguments)
-        sys.stdout.write(outcome.text)
+        sys.stdout.write(_printable(outcome.text))
         sys.stdout.flush()
     except UnreadableRunError as error:
         return _fail(error, UNREADABLE)
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE
     except KeyboardInterrupt:
         return INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - of ours, or a damage that nobody foresaw: no exit code of a run's
+        traceback.print_exc()
+        return _fail(f"{arguments.run}: cannot be shown, see above: {error!r}", UNREADABLE)
     return outcome.code
 
 
@@ -62,7 +66,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _fail(error: Exception, code: int) -> int:
+def _printable(text: str) -> str:
+    """What standard output's encoding can hold of it, a question mark for the rest."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+def _fail(error: object, code: int) -> int:
     line = " ".join(str(error).split())
     sys.stderr.write(f"stabilitykit: error: {line}\n")
     return code

@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -46,11 +47,20 @@ def refuse_deferred(function: Callable[..., Any]) -> None:
         raise UsageError(
             f"replayable: got a {type(function).__name__}, expected the function that does a step; do not call it yet"
         )
-    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+    called = function
+    while isinstance(called, partial):
+        called = called.func
+    if any(map(_is_deferred, (called, type(called).__call__))):
+        name = getattr(called, "__name__", type(called).__name__)
         raise UsageError(
-            f"replayable: got {function.__name__}, a coroutine or generator, expected a function that has done its "
-            "step when it returns; use `with monitor.step():` around the step instead"
+            f"replayable: got {name}, a coroutine or generator, expected a function that has done its step when it "
+            "returns; use `with monitor.step():` around the step instead"
         )
+
+
+def _is_deferred(function: object) -> bool:
+    kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    return any(kind(function) for kind in kinds)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Run:
         self.path = path
         self._damage: list[str] = []
         self._store = Store(path)
-        self.meta = self._json_object("run.json")
+        self.meta = self._facts()
         self.ending_facts = self._ending_facts()
         self.diagnoses = self._read_diagnoses()
 
@@ -197,8 +197,21 @@ class Run:
         attempts = self.meta.get("attempts") or [{}]
         return cast("dict[str, Any]", attempts[-1])
 
+    def _facts(self) -> dict[str, Any]:
+        """What `run.json` says, less a list whose entries are not what they should be."""
+        facts = self._json_object("run.json")
+        for name in ("attempts", "modules"):
+            entries = facts.get(name) or []
+            if not isinstance(entries, list) or not all(map(_is_entry, entries)):
+                self._damage.append(f"run.json: {name} are damaged and were left out")
+                del facts[name]
+        return facts
+
     def _ending_facts(self) -> dict[str, Any]:
         facts = self._json_object("ending.json")
+        if not _is_entry(facts):
+            self._damage.append("ending.json is damaged and was left out")
+            return {}
         stale = facts.get("attempt", 0) < self._last_attempt.get("attempt", 0)  # of an attempt before a resume
         return {} if stale else facts
 
@@ -262,6 +275,11 @@ class Run:
             self._damage.append(f"{file} cannot be read: it holds no JSON object")
             return {}
         return body
+
+
+def _is_entry(facts: object) -> bool:
+    """Whether it is an object whose attempt, if it says one, is a number."""
+    return isinstance(facts, dict) and isinstance(facts.get("attempt", 0), int)
 
 
 def _checked(attempts: Attempts) -> Attempts:

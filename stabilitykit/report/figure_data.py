@@ -87,7 +87,7 @@ def page_data(run: Run, findings: Findings, drawn: Sequence[Panel], budget: int 
 def leading_role(maps: Sequence[LayerMap], diagnosis: Diagnosis | None) -> str:
     """The role that the page shows first: the one the fault's phase is about, outputs otherwise."""
     roles = [layer_map.role for layer_map in maps]
-    wanted = LEADING_ROLE[diagnosis.origin.phase] if diagnosis else "output"
+    wanted = LEADING_ROLE.get(diagnosis.origin.phase, "output") if diagnosis else "output"
     return next((role for role in (wanted, "output", "gradient", "parameter", *roles) if role in roles), "")
 
 

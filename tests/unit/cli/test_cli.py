@@ -137,3 +137,82 @@ def test_a_reader_that_stops_early_causes_no_traceback(faulty: Path) -> None:
         done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT)
 
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_cannot_show_every_character_is_given_the_rest(faulty: Path, encoding: str) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-m", "stabilitykit", "postmortem", str(faulty)]
+
+    done = subprocess.run(command, capture_output=True, env=environment, check=False, cwd=ROOT)
+
+    assert (done.returncode, done.stderr) == (1, b"")
+    assert b"first Inf" in done.stdout
+
+
+def test_what_nobody_foresaw_is_no_finding(
+    healthy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("phase")
+
+    monkeypatch.setattr("stabilitykit.report.text.render", fail)
+
+    assert main(["postmortem", str(healthy)]) == 3
+
+    assert capsys.readouterr().err.endswith(f"error: {healthy}: cannot be shown, see above: KeyError('phase')\n")
+
+
+@pytest.mark.parametrize(
+    "damage", ['{"attempts": [3]}', '{"attempts": 3}', '{"attempts": [{"attempt": "x"}]}', '{"modules": 3}', "[]"]
+)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_damaged_run_json_is_told_in_the_report(
+    command: str, damage: str, healthy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (healthy / "run.json").write_text(damage)
+    arguments = [command, str(healthy), *(["--out", str(tmp_path / "r.txt")] if command == "report" else [])]
+
+    assert main(arguments) == 0
+
+    told = (tmp_path / "r.txt").read_text() if command == "report" else capsys.readouterr().out
+    assert "run.json" in told
+
+
+def test_a_report_of_a_phase_that_this_version_does_not_know_can_be_made(faulty: Path) -> None:
+    diagnosis = json.loads((faulty / "diagnosis.json").read_text())
+    diagnosis["origin"]["phase"] = "evaluation"
+    (faulty / "diagnosis.json").write_text(json.dumps(diagnosis))
+
+    assert main(["report", str(faulty)]) == 1
+
+
+def test_the_name_of_the_file_tells_the_format(healthy: Path, tmp_path: Path) -> None:
+    assert main(["report", str(healthy), "--out", str(tmp_path / "y.PNG")]) == 0
+    assert main(["report", str(healthy), "--out", str(tmp_path / "y.txt")]) == 0
+    assert main(["report", str(healthy), "--out", str(tmp_path / "y.out")]) == 0
+
+    assert (tmp_path / "y.PNG").read_bytes().startswith(b"\x89PNG")
+    assert "<" not in (tmp_path / "y.txt").read_text()[:100]
+    assert (tmp_path / "y.out").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_a_format_that_the_name_of_the_file_denies_is_refused(
+    healthy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(healthy), "--out", str(tmp_path / "y.png"), "--format", "html"]) == 2
+
+    assert "y.png: got --format html, expected png by the file's name" in capsys.readouterr().err
+    assert not (tmp_path / "y.png").exists()
+
+
+def test_a_dash_is_standard_output(
+    healthy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert main(["report", str(healthy), "--out", "-", "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["level"] == "fine"
+    assert main(["report", str(healthy), "--out", "-", "--format", "png"]) == 2
+
+    assert not (tmp_path / "-").exists()

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,17 @@ def generated() -> Iterator[None]:
     yield
 
 
-@pytest.mark.parametrize("function", [torch.tensor(0.5), None, deferred, generated], ids=str)
+class Awaited:
+    """A trainer whose call is a coroutine."""
+
+    async def __call__(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "function",
+    [torch.tensor(0.5), None, deferred, generated, partial(deferred), partial(partial(generated)), Awaited()],
+    ids=["tensor", "None", "coroutine", "generator", "part", "part of a part", "call"],
+)
 def test_what_has_not_done_its_step_when_it_returns_is_refused(function: Any, tmp_path: Path, model: nn.Module) -> None:
     with (
         sk.attach(model, None, tmp_path / "run", config=QUIET) as monitor,
