@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from stabilitykit.measure.norms import Norms, fusible, tensor_norms
+
+FRAMES = 16  # between a hook on a parameter and the call of backward it is due to there are half as many
+_APPLY = BackwardCFunction.apply.__code__
 
 
 class GradientTracker:
@@ -71,9 +78,13 @@ class GradientTracker:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # where a whole step is compiled, hooks would be as well
     def queue(self) -> None:
-        """Ask for a look at the gradients when this backward ends."""
+        """Ask for a look at the gradients when this backward ends, or the one it is a part of."""
         self.queued = True
-        torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
+        around = _node_around()
+        if around is None:
+            torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
+        else:
+            _Returned(self, around)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _backward_ended(self) -> None:
@@ -110,6 +121,30 @@ class _Accumulated:
         tracker = self._tracker()
         if tracker is not None and not tracker.queued:
             tracker.queue()
+
+
+class _Returned:
+    """A hook on a node whose own backward has run another one: when it returns, the outer one is under way again."""
+
+    def __init__(self, tracker: GradientTracker, node: Any) -> None:
+        self._tracker = weakref.ref(tracker)
+        self._handle = node.register_hook(self)
+
+    def __call__(self, *_gradients: Any) -> None:
+        self._handle.remove()
+        tracker = self._tracker()
+        if tracker is not None and tracker.queued:
+            tracker.queue()
+
+
+def _node_around() -> Any:
+    """The Python function's node within whose backward this backward runs: a reentrant checkpoint's, say."""
+    frame: FrameType | None = sys._getframe()
+    for _ in range(FRAMES):
+        frame = frame.f_back if frame is not None else None
+        if frame is not None and frame.f_code is _APPLY:
+            return frame.f_locals["self"]
+    return None
 
 
 def _hooked(parameter: Tensor, hook: _Accumulated) -> RemovableHandle | None:

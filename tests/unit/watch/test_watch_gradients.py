@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stabilitykit.watch.gradients import GradientTracker
 
@@ -169,3 +170,44 @@ def test_an_infinite_gradient_is_told_although_it_is_mended_afterwards(parameter
 
     assert tracker.before.read() == {"small": float("inf")}
     assert tracker.clipped.read() == {"small": pytest.approx(2**0.5)}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # the inner one's, in the first forward
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_checkpointed_backward_is_one_backward(reentrant: bool, nested: bool) -> None:
+    """A reentrant checkpoint runs a backward of its own for each part, within the step's."""
+    parts = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+    tracker = tracked(dict(parts.named_parameters()))
+    inputs = torch.randn(2, 4, requires_grad=True)
+
+    def two_parts(hidden: Tensor) -> Tensor:
+        hidden = checkpoint(parts[1], parts[0](hidden), use_reentrant=reentrant) if nested else parts[0](hidden)
+        return hidden.tanh()
+
+    for _ in range(2):
+        hidden = checkpoint(two_parts, inputs, use_reentrant=reentrant)
+        checkpoint(parts[2], hidden, use_reentrant=reentrant).sum().backward()
+
+    assert tracker.num_backwards == 2
+    assert tracker.before.read() == {
+        name: norm_of(entry.grad) for name, entry in parts.named_parameters() if entry.grad is not None
+    }
+
+
+def test_a_checkpointed_backward_that_fails_is_not_waited_for_in_the_next_step() -> None:
+    part = nn.Linear(4, 4)
+    tracker = tracked(dict(part.named_parameters()))
+    inputs = torch.randn(2, 4, requires_grad=True)
+
+    def interrupt(_gradient: Tensor) -> None:
+        raise KeyboardInterrupt
+
+    handle = part.weight.register_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint(part, inputs, use_reentrant=True).sum().backward()
+    handle.remove()
+    tracker.begin()
+    checkpoint(part, inputs, use_reentrant=True).sum().backward()
+
+    assert tracker.num_backwards == 1
