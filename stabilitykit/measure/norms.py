@@ -90,8 +90,16 @@ def transfer(scalars: Sequence[Tensor]) -> list[float]:
     try:
         return torch.stack(list(scalars)).tolist()
     except RuntimeError:  # several devices
-        device = scalars[0].device
-        return torch.stack([entry.to(device=device, dtype=torch.float64) for entry in scalars]).tolist()
+        places: dict[torch.device, list[int]] = {}
+        for position, entry in enumerate(scalars):
+            places.setdefault(entry.device, []).append(position)
+        if len(places) == 1:  # dtypes without a common one
+            return torch.stack([entry.double() for entry in scalars]).tolist()
+        values = [math.nan] * len(scalars)
+        for positions in places.values():
+            for position, value in zip(positions, transfer([scalars[entry] for entry in positions]), strict=True):
+                values[position] = value
+        return values
 
 
 def combine(norms: Iterable[float]) -> float:

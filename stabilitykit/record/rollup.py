@@ -1,4 +1,7 @@
-"""The tensors table at one row per 100 steps: what a map of a long run is drawn from, at a hundredth of the rows."""
+"""The tensors table at one row per 100 steps, a hundredth of the rows: `Run.rollup`, for maps of one's own.
+
+Reports draw theirs from the tensors table, whose rows they read a batch at a time.
+"""
 
 from __future__ import annotations
 

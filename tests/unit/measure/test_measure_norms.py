@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,37 @@ from torch import Tensor, nn
 from stabilitykit.measure.norms import Norms, combine, tensor_norms, transfer
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+TRANSFERS: list[str] = []
+
+
+class Placed(Tensor):
+    """A scalar that says it is on a device, and tells when it, or a stack of such, is brought over."""
+
+    place: str
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.place)
+
+    def tolist(self) -> list[float]:
+        TRANSFERS.append(self.place)
+        return self.as_subclass(Tensor).tolist()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.stack:
+            return super().__torch_function__(func, types, args, kwargs)
+        if len({entry.place for entry in args[0]}) > 1:
+            raise RuntimeError("Expected all tensors to be on the same device")
+        return placed(torch.stack([entry.as_subclass(Tensor) for entry in args[0]]), args[0][0].place)
+
+
+def placed(values: Tensor, place: str) -> Placed:
+    made = values.as_subclass(Placed)
+    made.place = place
+    return made
+
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(nested tensors|ComplexHalf|Sparse|quantize)")
 
@@ -124,3 +156,13 @@ def test_the_whole_is_combined_from_its_parts_without_overflow(norms: list[float
 def test_a_nan_part_makes_the_whole_nan_and_an_infinite_one_infinite() -> None:
     assert math.isnan(combine([1.0, math.nan]))
     assert combine([1.0, math.inf]) == math.inf
+
+
+def test_scalars_of_several_devices_take_one_transfer_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}.TRANSFERS", [])
+    places = ["cpu", "xla:0", "xla:1", "xla:0", "cpu"]
+
+    values = transfer([placed(torch.tensor(float(entry)), place) for entry, place in enumerate(places)])
+
+    assert values == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert TRANSFERS == ["cpu", "xla:0", "xla:1"]
