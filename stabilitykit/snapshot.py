@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from stabilitykit.containers import PLAIN, holds_live, tensors_of
+from stabilitykit.containers import PLAIN, holds_live, leaves_of, tensors_of
 from stabilitykit.errors import UsageError
 from stabilitykit.random_states import RandomStates
 
@@ -27,10 +28,11 @@ Groups = tuple[dict[str, Any], ...]  # of an optimizer, its parameters by refere
 
 @dataclass(frozen=True)
 class Moment:
-    """What may change between two steps without a trace: random streams and hyperparameters; cheap to hold."""
+    """What may change between two steps without a trace: random streams, hyperparameters, schedulers; cheap to hold."""
 
     random: RandomStates
     hyperparameters: tuple[tuple[Optimizer, Groups], ...]
+    schedulers: tuple[tuple[LRScheduler, dict[str, Any]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class TrainingState:
         unique = {id(entry): entry for entry in stateful if not isinstance(entry, nn.Module)}
         self.on_error: Callable[[Exception], None] | None = None  # told of an object that refuses its own state
         self._extras = tuple(_Extra.of(entry) for entry in unique.values())
+        self._schedulers = [extra.target for extra in self._extras if isinstance(extra.target, LRScheduler)]
         self._versioned: list[Tensor] = []
         self._parameters: list[Tensor] = []
         self._gradients: list[tuple[Tensor, weakref.ref[Tensor] | None, int]] = []
@@ -102,7 +105,11 @@ class TrainingState:
 
     def moment(self) -> Moment:
         """Capture the cheap part alone."""
-        return Moment(RandomStates.capture(), tuple((entry, _hyperparameters(entry)) for entry in self.optimizers))
+        return Moment(
+            RandomStates.capture(),
+            tuple((entry, _hyperparameters(entry)) for entry in self.optimizers),
+            tuple((entry, entry.state_dict()) for entry in self._schedulers),
+        )
 
     @torch.no_grad()
     def capture(self, spare: Snapshot | None = None) -> Snapshot:
@@ -177,6 +184,20 @@ class TrainingState:
         for optimizer, groups in moment.hyperparameters:
             _restore_groups(optimizer, groups)
         moment.random.restore()
+        for scheduler, held in moment.schedulers:
+            scheduler.load_state_dict(dict(held))
+
+    def restore_scheduled(self, moment: Moment) -> None:
+        """Put back the hyperparameters that a learning-rate scheduler sets which nobody named as stateful.
+
+        A scheduler that has moved on multiplies what it finds: it and a learning rate of an earlier step would disagree
+        for good.  It has written `initial_lr` into each group.
+        """
+        named = {id(entry.optimizer) for _, entry in leaves_of([extra.target for extra in self._extras], LRScheduler)}
+        for optimizer, groups in moment.hyperparameters:
+            for group, held in zip(optimizer.param_groups, groups, strict=False):
+                if "initial_lr" in held and id(optimizer) not in named:
+                    group.update({key: _held(key, value) for key, value in held.items() if key != "params"})
 
     def note_gradients(self) -> None:
         """A step is over: remember which gradients there are."""

@@ -264,6 +264,8 @@ class Faults:
         if self._policy == "rollback":
             self._put_back(good)
             self._ledger.event(wording.rolled_back(index, began))
+        if outcome.after is not None:
+            self._state.restore_scheduled(outcome.after.moment)
         if good is None and back_to is None and not outcome.exact:
             self._ledger.event(wording.gone_back_otherwise(index))
         streams.restore()  # else the same random draws would meet the same fate

@@ -112,6 +112,38 @@ def counted_captures(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return captures
 
 
+@pytest.mark.parametrize("named", [False, True], ids=["unnamed", "named"])
+@pytest.mark.parametrize("in_step", [False, True], ids=["in the loop", "in the step"])
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_learning_rate_and_scheduler_agree_after_a_step_is_undone(
+    policy: str, in_step: bool, named: bool, tmp_path: Path
+) -> None:
+    model, optimizer = network()
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    def train_step(batch: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = model(batch).square().mean()
+        loss.backward()
+        optimizer.step()
+        if in_step:
+            scheduler.step()
+        return loss
+
+    config = QUIET.replace(snapshot_every=2, rollback_steps=1)
+    stateful = [scheduler] if named else []
+    with sk.attach(
+        model, optimizer, tmp_path / "run", config=config, on_nonfinite=policy, stateful=stateful
+    ) as monitor:
+        step = monitor.replayable(train_step)
+        for index in range(10):
+            step(torch.full((5, 4), torch.nan if index == 5 else 1.0))
+            if not in_step:
+                scheduler.step()
+
+    assert optimizer.param_groups[0]["lr"] == 0.1 * 0.5**scheduler.last_epoch
+
+
 @pytest.mark.parametrize(("snapshot_every", "told"), [(100, 2), (1, 0)])
 def test_a_step_undone_by_way_of_others_that_differed_is_told_of(
     snapshot_every: int, told: int, tmp_path: Path
