@@ -196,6 +196,11 @@ class History:
             exact = self.repeat(self._segments.popleft(), current, rerun)  # what came before does not matter
         return exact and current.batch_untouched()
 
+    @property
+    def has_room(self) -> bool:
+        """Whether one snapshot more may be held."""
+        return 2 * self._snapshot_bytes <= self._max_bytes
+
     def route(self) -> Sequence[Segment]:
         """What `rewind` goes by, and lets go of."""
         return tuple(self._segments)
@@ -249,7 +254,7 @@ class History:
 
         Two are kept where they are small, so that there is a run-up to show whenever a step goes bad.
         """
-        most = 1 if 2 * self._snapshot_bytes <= self._max_bytes else 0
+        most = 1 if self.has_room else 0
         spare = None
         while len(self._segments) > most:
             spare = self._segments.popleft().snapshot

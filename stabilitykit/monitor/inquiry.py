@@ -169,6 +169,8 @@ class Inquiry:
         written = self.late_writes()
         exact = self._rewind(written)
         before = self._begun(route[-1], written) if self.goes_back else after
+        if self.goes_back and not self.history.has_room and self.history.unrepeated is None:
+            route = (Segment(before, [current]),)  # a third copy of a large state is not held to look further back
         self.begin(before if self.goes_back else None)
         args, kwargs = current.inputs()
         retraced = retrace(self.subject, ran.function, args, kwargs, unused_gradients=unused)
