@@ -279,9 +279,11 @@ class Monitor:
         """Whether there are other processes to keep in step with; from then on for good."""
         if not self._several and spans_processes():
             refuse_to_act_alone(self._policy)
-            self._several, self._mode = True, "block"
+            self._several = True
             self._history.forget()
             self._ledger.event(wording.DISTRIBUTED)
+        if self._several:
+            self._mode = "block"  # whatever else was wrapped since
         return self._several
 
     def _step_among_others(self, function: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

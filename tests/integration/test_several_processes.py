@@ -19,6 +19,11 @@ PATIENCE_SECONDS = 60
 QUIET = sk.MonitorConfig(report=False, compact=False)
 
 
+def become_one_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+
+
 def test_a_fault_of_one_rank_leaves_both_in_step_and_training_as_it_was(tmp_path: Path) -> None:
     commands = [[sys.executable, str(SCRIPT), str(rank), str(tmp_path)] for rank in range(2)]
     ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
@@ -43,19 +48,15 @@ def test_a_fault_of_one_rank_leaves_both_in_step_and_training_as_it_was(tmp_path
 def test_a_rank_that_would_undo_a_step_alone_is_refused(
     policy: Literal["skip", "rollback"], late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def begin() -> None:
-        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-
     def train() -> None:
         with sk.attach(nn.Linear(2, 2), None, tmp_path / "run", on_nonfinite=policy, config=QUIET) as monitor:
             step = monitor.replayable(lambda: None)
             step()
-            begin()
+            become_one_of_two(monkeypatch)
             step()
 
     if not late:
-        begin()
+        become_one_of_two(monkeypatch)
 
     with pytest.raises(
         sk.UsageError, match=f"got on_nonfinite='{policy}' in one of 2 processes, expected raise or rec"
@@ -63,3 +64,31 @@ def test_a_rank_that_would_undo_a_step_alone_is_refused(
         train()
 
     assert (tmp_path / "run").exists() == late
+
+
+def test_the_error_comes_before_the_update_in_each_function_that_is_wrapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    become_one_of_two(monkeypatch)
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(batch: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(batch).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    with sk.attach(model, optimizer, tmp_path / "run", config=QUIET) as monitor:
+        for _ in range(2):
+            train_step = monitor.replayable(step)
+            train_step(torch.ones(3, 2))
+            with pytest.raises(sk.NonFiniteError, match="known from module hooks") as caught:
+                train_step(torch.full((3, 2), torch.nan))
+            assert "run the step in a single process" in str(caught.value)
+            assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+    run = sk.open_run(tmp_path / "run")
+    assert run.steps()["loss"].isna().tolist() == [False, True, False, True]
+    assert run.events()["kind"].tolist().count("distributed") == 1
