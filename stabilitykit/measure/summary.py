@@ -11,6 +11,8 @@ from torch import Tensor
 from stabilitykit.measure.values import numbers, shape_of, values
 from stabilitykit.schema import TensorSummary
 
+BLOCK = 1 << 22  # values looked at together: what is told of a tensor needs no second one of its size
+
 
 def summarise(tensor: Tensor, name: str, *, brief: bool = False) -> TensorSummary:
     """Counts of NaN, Inf and zeros, and range and mean of the finite values, in float64.
@@ -25,23 +27,25 @@ def summarise(tensor: Tensor, name: str, *, brief: bool = False) -> TensorSummar
     head = TensorSummary(name=name, dtype=dtype, shape=shape_of(tensor), numel=tensor.numel())
     if plain is None or plain.numel() == 0:
         return head
-    counted = replace(
-        head,
-        nan=int(plain.isnan().sum()),
-        posinf=int(plain.isposinf().sum()),
-        neginf=int(plain.isneginf().sum()),
-    )
+    nan = posinf = neginf = zeros = num_finite = 0
+    low, high, total = math.inf, -math.inf, 0.0
+    for block in torch.split(plain.reshape(-1), BLOCK):
+        nan += int(block.isnan().sum())
+        posinf += int(block.isposinf().sum())
+        neginf += int(block.isneginf().sum())
+        if not brief:
+            zeros += int((block == 0).sum())
+            finite = block[block.isfinite()].double()
+            num_finite += finite.numel()
+            total += finite.sum().item()
+            if finite.numel():
+                low, high = min(low, finite.min().item()), max(high, finite.max().item())
+    counted = replace(head, nan=nan, posinf=posinf, neginf=neginf)
     if brief:
         return counted
-    finite = plain[plain.isfinite()].double()
-    low, high = (finite.min().item(), finite.max().item()) if finite.numel() else (math.nan, math.nan)
-    return replace(
-        counted,
-        zeros=int((plain == 0).sum()),
-        min=low,
-        max=high,
-        mean=finite.mean().item() if finite.numel() else math.nan,
-    )
+    if not num_finite:
+        low, high, total, num_finite = math.nan, math.nan, math.nan, 1
+    return replace(counted, zeros=zeros, min=low, max=high, mean=total / num_finite)
 
 
 def bad_rows(tensor: Tensor) -> tuple[int, ...]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from stabilitykit.measure import summary as module
 from stabilitykit.measure.summary import bad_rows, summarise
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(nested tensors|ComplexHalf|Sparse|quantize)")
@@ -32,6 +35,38 @@ def test_a_summary_agrees_with_counting_one_by_one(dtype: torch.dtype, numbers: 
     assert summary.max == pytest.approx(max(finite, default=math.nan), nan_ok=True)
     mean = math.fsum(finite) / len(finite) if finite else math.nan
     assert summary.mean == pytest.approx(mean, abs=1e-9, rel=1e-9, nan_ok=True)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size in bytes of the largest tensor that is made beside this one and its views."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self._memory = tensor.untyped_storage().data_ptr()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.untyped_storage().data_ptr() != self._memory:
+            self.num_bytes = max(self.num_bytes, out.nbytes)
+        return out
+
+
+def test_a_large_tensor_is_summed_up_in_blocks_as_it_would_be_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.randn(100, 101)
+    tensor[3, 5], tensor[7:80], tensor[90] = math.inf, math.nan, 0.0
+    whole = summarise(tensor, "x")
+    monkeypatch.setattr(module, "BLOCK", 64)
+
+    with Largest(tensor) as largest:
+        in_blocks = summarise(tensor, "x")
+
+    assert (
+        (in_blocks.nan, in_blocks.posinf, in_blocks.zeros) == (whole.nan, whole.posinf, whole.zeros) == (7373, 1, 101)
+    )
+    assert (in_blocks.min, in_blocks.max) == (whole.min, whole.max)
+    assert in_blocks.mean == pytest.approx(whole.mean)
+    assert 0 < largest.num_bytes <= 64 * 8
 
 
 def test_the_largest_half_precision_values_have_a_finite_mean() -> None:
