@@ -41,7 +41,7 @@ class GradientTracker:
         unseen: Callable[[Callable[[], None]], None],
         on_end: Callable[[], None],
     ) -> None:
-        self._parameters = parameters
+        self._names, self._parameters = list(parameters), list(parameters.values())
         self._unseen = unseen  # runs a function of ours so that a tracer does not take it for the step's
         self._on_end = on_end
         self._fusible = all(fusible(entry) for entry in parameters.values())
@@ -52,7 +52,7 @@ class GradientTracker:
     def begin(self) -> None:
         """A step starts."""
         self.queued = False
-        self._versions: Sequence[tuple[int, int]] = ()
+        self._versions = versions_of(())
         self.num_backwards = 0
         self.before, self.clipped = Norms(), Norms()
         self.changed = False
@@ -107,8 +107,12 @@ class GradientTracker:
         return tensor_norms(gradients)
 
     def _held(self) -> tuple[list[str], list[Tensor]]:
-        held = [(name, grad) for name, entry in self._parameters.items() if (grad := entry.grad) is not None]
-        return [name for name, _ in held], [grad for _, grad in held]
+        """Names and gradients. Ten thousand pairs of them, made anew, would set off the garbage collector."""
+        found = [entry.grad for entry in self._parameters]
+        there = [grad for grad in found if grad is not None]
+        if len(there) == len(found):
+            return self._names, there
+        return [name for name, grad in zip(self._names, found, strict=True) if grad is not None], there
 
 
 class _Accumulated:
@@ -163,6 +167,6 @@ def _hooked(parameter: Tensor, hook: _Accumulated) -> RemovableHandle | None:
             parameter.requires_grad_(False)
 
 
-def versions_of(gradients: Sequence[Tensor]) -> list[tuple[int, int]]:
+def versions_of(gradients: Sequence[Tensor]) -> tuple[list[int], list[int]]:
     """Changes when one is written to, or another is put in its place."""
-    return [(id(entry), entry._version) for entry in gradients]
+    return [id(entry) for entry in gradients], [entry._version for entry in gradients]

@@ -35,7 +35,7 @@ class ParameterWatch:
         self._before: Mapping[str, Tensor] = {}
         # Kept while step after step is recorded: fresh memory costs three times.
         self._copies: Mapping[str, Tensor] = {}
-        self._measured: list[tuple[int, int]] = []
+        self._measured = versions_of(())
 
     def begin(self, *, recording: bool, before: Mapping[str, Tensor] | None = None) -> None:
         """A step starts; `before`: copies of the parameters as it finds them, if someone holds them."""
@@ -47,7 +47,7 @@ class ParameterWatch:
     def ended(self) -> None:
         """A step is over, whether it came to its end or not."""
         self._before = {}
-        self._measured = []
+        self._measured = versions_of(())
 
     def backward_ended(self, micro: int) -> None:
         """Measure the gradients as backward left them."""
@@ -96,7 +96,7 @@ class ParameterWatch:
             if entry.grad is not None:
                 self._add(role, phase, name, entry.grad, "parameter", micro)
 
-    def _gradient_versions(self) -> list[tuple[int, int]]:
+    def _gradient_versions(self) -> tuple[list[int], list[int]]:
         return versions_of([grad for entry in self._parameters.values() if (grad := entry.grad) is not None])
 
     def _optimizer_state(self) -> Iterator[tuple[str, Tensor]]:

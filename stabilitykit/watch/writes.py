@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from stabilitykit.measure.norms import Norms, fusible, tensor_norms, transfer
 
 SMALL = 1 << 18  # values that may be read again before each step: 40 us
+CALL = 1 << 11  # values that are read in the time a tensor costs however small it is, and fewer than it might be
 PORTIONS = 16  # of more than that, on the CPU, where memory is slow: one before each step
 
 
@@ -78,7 +79,7 @@ class ParameterNorms:
 
 def _portions(tensors: Sequence[Tensor]) -> Sequence[Sequence[int]]:
     """Indices of `tensors`, all of them or in runs of about equal numbers of values."""
-    sizes = [0 if is_lazy(entry) else entry.numel() for entry in tensors]
+    sizes = [CALL + (0 if is_lazy(entry) else entry.numel()) for entry in tensors]
     if sum(sizes) <= SMALL or any(entry.device.type != "cpu" for entry in tensors):
         return [range(len(tensors))]
     portions: list[list[int]] = [[]]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stabilitykit.watch.gradients import GradientTracker
+from stabilitykit.watch.gradients import GradientTracker, versions_of
 
 
 def tracked(parameters: dict[str, nn.Parameter]) -> GradientTracker:
@@ -211,3 +213,23 @@ def test_a_checkpointed_backward_that_fails_is_not_waited_for_in_the_next_step()
     checkpoint(part, inputs, use_reentrant=True).sum().backward()
 
     assert tracker.num_backwards == 1
+
+
+def test_gradients_of_many_parameters_leave_the_garbage_collector_little_to_walk_through() -> None:
+    tracker = tracked({str(index): nn.Parameter(torch.ones(1)) for index in range(2000)})
+    for parameter in tracker._parameters:
+        parameter.grad = torch.ones(1)
+    held = [parameter.grad for parameter in tracker._parameters]  # they are objects themselves
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = gc.get_count()[0]
+        names, gradients = tracker._held()
+        versions = versions_of(gradients)
+        made = gc.get_count()[0] - before
+    finally:
+        gc.enable()
+
+    assert len(names) == len(gradients) == len(held) == len(versions[0])
+    assert made < 20

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stabilitykit.watch.writes import PORTIONS, SMALL, ParameterNorms
+from stabilitykit.watch.writes import CALL, PORTIONS, SMALL, ParameterNorms
 
 Write = Callable[[nn.Parameter], None]
 
@@ -59,6 +59,12 @@ def test_a_large_model_is_looked_at_in_portions_and_every_part_has_its_turn() ->
 
     assert looks.count(True) == 1 or looks[-1]
     assert norms.touched()  # wary from then on: all of it, each time
+
+
+def test_a_model_of_many_small_tensors_is_a_large_one() -> None:
+    few, many = (followed(*[1] * number)[1] for number in (SMALL // CALL - 1, SMALL // CALL + 1))
+
+    assert (few.in_portions, many.in_portions) == (False, True)
 
 
 def test_what_the_portions_missed_is_told_with_its_content() -> None:
