@@ -49,11 +49,12 @@ class Snapshot:
 
     @property
     def num_bytes(self) -> int:
-        """Memory held by the copies of parameters, buffers, gradients and optimizer states."""
+        """Memory held by the copies of parameters, buffers, gradients, optimizer states and the caller's tensors."""
         states = [
             list(state.values()) for _, state in self.optimizer_states
         ]  # a key in a path would be printed: a tensor
-        copies = ([held for _, held in self.tensors], [held for _, _, held in self.gradients], states)
+        extras = [[copied for _, copied in held.values()] if type(held) is _Contents else held for held in self.extras]
+        copies = ([held for _, held in self.tensors], [held for _, _, held in self.gradients], states, extras)
         return sum(held.nbytes for _, held in tensors_of(copies) if held.layout == torch.strided)
 
 
@@ -127,6 +128,7 @@ class TrainingState:
         known = dict(spare.tensors) if spare else {}
         gradients = {entry: held for entry, _, held in spare.gradients} if spare else {}
         states = dict(spare.optimizer_states) if spare else {}
+        extras = spare.extras if spare else (None,) * len(self._extras)
         return Snapshot(
             moment=self.moment(),
             tensors=tuple((entry, merge(known.get(entry), entry.detach())) for entry in (*parameters, *buffers)),
@@ -142,7 +144,7 @@ class TrainingState:
             ),
             optimizer_states=tuple((entry, merge(states.get(entry), dict(entry.state))) for entry in self.optimizers),
             modes=tuple((entry, entry.training) for entry in self._moded),
-            extras=tuple(entry.capture() for entry in self._extras),
+            extras=tuple(entry.capture(old) for entry, old in zip(self._extras, extras, strict=True)),
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -239,6 +241,10 @@ class TrainingState:
         )
 
 
+class _Contents(dict[str, tuple[Tensor, Tensor]]):
+    """A replay buffer's tensors by field, each with its copy."""
+
+
 @dataclass(frozen=True)
 class _Extra:
     """One of the caller's own objects and the protocol by which it is captured."""
@@ -260,11 +266,14 @@ class _Extra:
             "generator, a replay buffer with tensors examples, labels, logits); add the two methods to it"
         )
 
-    def capture(self) -> Any:
+    def capture(self, old: Any) -> Any:
+        """A copy, in the memory of an `old` one where it fits: a replay buffer may be the most of it."""
         if self.protocol == "tensor":
-            return self.target.detach().clone()
+            return merge(old, self.target.detach())
         if self.protocol == "buffer":
-            return {name: (entry, entry.clone()) for name, entry in _buffer_tensors(self.target).items()}
+            known = {name: copied for name, (_, copied) in (old or {}).items()}
+            tensors = _buffer_tensors(self.target)
+            return _Contents((name, (entry, merge(known.get(name), entry))) for name, entry in tensors.items())
         if self.protocol == "bit_generator":
             return copy.deepcopy(self.target.bit_generator.state)
         return copy.deepcopy(getattr(self.target, _PROTOCOLS[self.protocol][0])())

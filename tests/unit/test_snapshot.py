@@ -467,6 +467,23 @@ def test_the_size_counts_parameters_buffers_and_gradients() -> None:
     assert TrainingState(model, []).capture().num_bytes == 2 * 10 * 10 * 4
 
 
+def test_a_replay_buffer_is_copied_into_the_memory_of_the_snapshot_before_and_counts() -> None:
+    buffer = {"examples": torch.zeros(10, 4), "labels": torch.zeros(10, dtype=torch.int64)}
+    state = TrainingState(nn.Linear(1, 1, bias=False), [], [buffer, torch.ones(3)])
+    first = state.capture()
+    held = {name: copied for name, (_, copied) in first.extras[0].items()}
+    addresses = [copied.data_ptr() for copied in held.values()]
+
+    buffer["examples"] += 1
+    second = state.capture(first)
+    buffer["examples"] += 1
+    state.restore(second)
+
+    assert [copied.data_ptr() for _, copied in second.extras[0].values()] == addresses
+    assert second.num_bytes == 4 + 10 * 4 * 4 + 10 * 8 + 3 * 4
+    assert buffer["examples"].unique().tolist() == [1]
+
+
 def test_an_optimizers_setting_that_is_a_module_is_held_as_it_is() -> None:
     layer = nn.Linear(2, 2)
     optimizer = torch.optim.SGD([{"params": layer.parameters(), "layer": layer}], lr=0.1)
