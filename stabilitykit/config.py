@@ -23,7 +23,8 @@ class MonitorConfig:
         snapshot_every: copy the training state every so many steps; None: every 10, or as `snapshot_budget` allows.
         snapshot_budget: share of a step's own time that copying the state may take when `snapshot_every` is None.
         rollback_steps: under `rollback`, go back at least so many steps.
-        history_bytes: memory for batches held since the last snapshot, by reference, and for a second snapshot.
+        history_bytes: memory for batches held since the last snapshot, by reference, and for a second snapshot; where
+            batches fill it, the state is copied whatever `snapshot_budget` says, so that each step can be run again.
         run_up: steps before a fault that the diagnosis shows.
         audit_every: look through the replay buffer every so many steps; 0: never.
         outputs, output_gradients, parameters, gradients, optimizer_state, module_buffers: what is recorded.

@@ -79,7 +79,7 @@ class Segment:
 class History:
     """Takes snapshots at a cadence that keeps within its budget, and rewinds to the start of the current step.
 
-    A snapshot is due when its cadence says so, when batches held by reference pass `max_bytes`, and whenever the
+    A snapshot is due when its cadence says so, when batches held by reference fill `history_bytes`, and whenever the
     state was changed between two steps (weights averaged, gradients made, a buffer filled by the caller), since a
     re-run could not repeat that.
 
@@ -95,6 +95,7 @@ class History:
         self._segments: deque[Segment] = deque()  # an earlier one is re-run as well, for its record
         self._good: tuple[int, Snapshot] | None = None  # what `rollback` goes back to
         self._next_good: tuple[int, Snapshot] | None = None
+        self._freed: Snapshot | None = None  # of a run-up that was let go of
         self.unrepeated: int | None = None
         self._fingerprint: tuple[int, ...] = ()
         self._copy_batches = self._cut = False
@@ -110,8 +111,13 @@ class History:
             return self._every
         if not self._step_seconds:
             return SHORTEST
-        wanted = self._snapshot_seconds / max(self._budget * self._step_seconds, 1e-9)
-        return next((cadence for cadence in CADENCES if cadence >= max(wanted, SHORTEST)), CADENCES[-1])
+        wanted = max(self._affordable, SHORTEST)
+        return next((cadence for cadence in CADENCES if cadence >= wanted), CADENCES[-1])
+
+    @property
+    def _affordable(self) -> float:
+        """Steps from one snapshot to the next that keep to the budget."""
+        return self._snapshot_seconds / max(self._budget * self._step_seconds, 1e-9)
 
     def begin(
         self, index: int, function: Step, args: tuple[Any, ...], kwargs: dict[str, Any], *, touched: bool = False
@@ -120,7 +126,7 @@ class History:
         if self._cut or any(past.reading is None for past in self.recent()[-1:]):  # left half-way, by an exception
             self.forget()
         cleared = self._state.cleared_gradients()
-        if touched or cleared is None or self._snapshot_due():
+        if touched or cleared is None or self._snapshot_due() or self._is_crowded():
             cleared = ()
             started = time.perf_counter()
             snapshot = self._state.capture(self._spare())
@@ -155,7 +161,7 @@ class History:
     def forget(self) -> None:
         """The state has been put somewhere else: begin anew with a snapshot at the next step."""
         self._segments.clear()
-        self._cut = False
+        self._cut, self._freed = False, None
 
     def cut(self, *, updated: bool) -> None:
         """An optimizer joins within the current step: those before ran without it, and cannot be run again with it.
@@ -245,9 +251,17 @@ class History:
     def _snapshot_due(self) -> bool:
         if not self._segments or len(self._current.steps) >= self.interval:
             return True
-        if 2 * self._held_bytes > self._max_bytes:
-            return True
         return self._state.fingerprint() != self._fingerprint
+
+    def _is_crowded(self) -> bool:
+        """Whether only a snapshot makes room for more batches; where it passes the budget, the run-up goes first."""
+        if 2 * self._held_bytes <= self._max_bytes:
+            return False
+        if self._every is not None or len(self._current.steps) >= self._affordable:
+            return True
+        while len(self._segments) > 1:
+            self._freed = self._segments.popleft().snapshot
+        return self._held_bytes > self._max_bytes
 
     def _spare(self) -> Snapshot | None:
         """The snapshot that makes room for the next, unless it may yet be rolled back to.
@@ -255,7 +269,7 @@ class History:
         Two are kept where they are small, so that there is a run-up to show whenever a step goes bad.
         """
         most = 1 if self.has_room else 0
-        spare = None
+        spare, self._freed = self._freed, None
         while len(self._segments) > most:
             spare = self._segments.popleft().snapshot
         return None if any(kept and kept[1] is spare for kept in (self._good, self._next_good)) else spare

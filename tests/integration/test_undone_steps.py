@@ -144,6 +144,39 @@ def test_learning_rate_and_scheduler_agree_after_a_step_is_undone(
     assert optimizer.param_groups[0]["lr"] == 0.1 * 0.5**scheduler.last_epoch
 
 
+@pytest.mark.parametrize(("budget", "every"), [(0.0, 6), (1e9, 3)], ids=["beyond the budget", "within the budget"])
+def test_batches_that_fill_their_memory_force_fewer_snapshots_where_these_cost_too_much(
+    budget: float, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = network()
+    captures = counted_captures(monkeypatch)
+    taken: list[int] = []
+
+    def train_step(batch: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = model(batch).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    batch = torch.randn(50, 4)
+    config = sk.MonitorConfig(report=False, compact=False, history_bytes=5 * batch.nbytes, snapshot_budget=budget)
+    with sk.attach(model, optimizer, tmp_path / "run", config=config, on_nonfinite="skip") as monitor:
+        step = monitor.replayable(train_step)
+        for _ in range(15):
+            step(batch.clone())
+            taken.append(len(captures))
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        step(batch * torch.nan)
+
+    assert [step for step, (old, new) in enumerate(itertools.pairwise([0, *taken])) if new > old] == [
+        *range(0, 15, every)
+    ]
+    assert all(map(torch.equal, before, model.parameters()))
+    assert monitor.diagnosis is not None
+    assert monitor.diagnosis.origin.proof == "replayed"
+
+
 @pytest.mark.parametrize(("snapshot_every", "told"), [(100, 2), (1, 0)])
 def test_a_step_undone_by_way_of_others_that_differed_is_told_of(
     snapshot_every: int, told: int, tmp_path: Path
