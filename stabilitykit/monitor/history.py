@@ -272,7 +272,11 @@ class History:
         spare, self._freed = self._freed, None
         while len(self._segments) > most:
             spare = self._segments.popleft().snapshot
-        return None if any(kept and kept[1] is spare for kept in (self._good, self._next_good)) else spare
+        return self.unless_good(spare)
+
+    def unless_good(self, snapshot: Snapshot | None) -> Snapshot | None:
+        """A snapshot that may be written over; None for one that may yet be rolled back to."""
+        return None if any(kept and kept[1] is snapshot for kept in (self._good, self._next_good)) else snapshot
 
     def _keep_good(self, index: int, snapshot: Snapshot) -> None:
         if not self._rollback_steps:

@@ -168,8 +168,9 @@ class Inquiry:
         route = self.history.route()
         written = self.late_writes()
         exact = self._rewind(written)
-        before = self._begun(route[-1], written) if self.goes_back else after
-        if self.goes_back and not self.history.has_room and self.history.unrepeated is None:
+        crowded = self.goes_back and not self.history.has_room and self.history.unrepeated is None
+        before = self._begun(route[-1], written, over=crowded) if self.goes_back else after
+        if crowded:
             route = (Segment(before, [current]),)  # a third copy of a large state is not held to look further back
         self.begin(before if self.goes_back else None)
         args, kwargs = current.inputs()
@@ -286,10 +287,17 @@ class Inquiry:
         self._write(written)
         return exact
 
-    def _begun(self, segment: Segment, written: Mapping[str, Tensor]) -> Snapshot:
-        """The state in which the current step begins, which the rewind has put back; no copy where there is one."""
-        held_already = len(segment.steps) == 1 and not written
-        return segment.snapshot if held_already else self.state.capture()
+    def _begun(self, segment: Segment, written: Mapping[str, Tensor], *, over: bool) -> Snapshot:
+        """The state in which the current step begins, which the rewind has put back; no copy where there is one.
+
+        Args:
+            segment: by which it was put back.
+            written: what had to be written to besides.
+            over: the segment's snapshot may be written over.
+        """
+        if len(segment.steps) == 1 and not written:
+            return segment.snapshot
+        return self.state.capture(self.history.unless_good(segment.snapshot) if over else None)
 
     def _write(self, written: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
