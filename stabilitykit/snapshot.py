@@ -82,7 +82,9 @@ class TrainingState:
         self._schedulers = [extra.target for extra in self._extras if isinstance(extra.target, LRScheduler)]
         self._versioned: list[Tensor] = []
         self._parameters: list[Tensor] = []
-        self._gradients: list[tuple[Tensor, weakref.ref[Tensor] | None, int]] = []
+        self._noted: list[Tensor] = []
+        self._gradients: list[weakref.ref[Tensor] | None] = []  # when the last step was over, with their versions
+        self._versions: list[int] = []
         self._states: list[Tensor] = []
         self._states_held: tuple[int, ...] = ()
         self._moded: list[nn.Module] = []
@@ -203,15 +205,15 @@ class TrainingState:
 
     def note_gradients(self) -> None:
         """A step is over: remember which gradients there are."""
-        self._gradients = [
-            (entry, None, 0) if (gradient := entry.grad) is None else (entry, weakref.ref(gradient), gradient._version)
-            for entry in self._parameters
-        ]
+        found = [entry.grad for entry in self._parameters]  # lists, since a pair each would wake the garbage collector
+        self._noted = self._parameters
+        self._gradients = [None if entry is None else weakref.ref(entry) for entry in found]
+        self._versions = [0 if entry is None else entry._version for entry in found]
 
     def cleared_gradients(self) -> Sequence[Tensor] | None:
         """Parameters whose gradients have been let go of since they were noted; None where others are there now."""
         cleared = []
-        for parameter, reference, version in self._gradients:
+        for parameter, reference, version in zip(self._noted, self._gradients, self._versions, strict=True):
             gradient = parameter.grad
             if gradient is None and reference is not None:
                 cleared.append(parameter)
