@@ -53,7 +53,10 @@ class PastStep:
 
     def hold_taken(self) -> int:
         """Count what the step took from iterators to the batch; the memory that it holds."""
-        taken = [tensor for _, tensor in tensors_of(taken_from(self.args, self.kwargs))]
+        items = taken_from(self.args, self.kwargs)
+        if not items:
+            return 0
+        taken = [tensor for _, tensor in tensors_of(items)]
         before = self.num_bytes
         self.tensors, self.versions = [*self.tensors, *taken], [*self.versions, *_versions(taken)]
         return self.num_bytes - before
@@ -123,7 +126,8 @@ class History:
         self, index: int, function: Step, args: tuple[Any, ...], kwargs: dict[str, Any], *, touched: bool = False
     ) -> None:
         """A step is about to run; `touched`: the caller knows of a change of state since the last one."""
-        if self._cut or any(past.reading is None for past in self.recent()[-1:]):  # left half-way, by an exception
+        last = self._current.steps[-1:] if self._segments else ()
+        if self._cut or any(past.reading is None for past in last):  # left half-way, by an exception
             self.forget()
         cleared = self._state.cleared_gradients()
         if touched or cleared is None or self._snapshot_due() or self._is_crowded():
@@ -150,9 +154,7 @@ class History:
             self._current.steps[-1].reading = reading
             self._held_bytes += self._current.steps[-1].hold_taken()
             self._step_seconds = _smooth(self._step_seconds, seconds)
-            if not (
-                self._copy_batches or self._current.steps[-1].batch_untouched()
-            ):  # a step that normalises its batch in place
+            if not self._copy_batches and not self._current.steps[-1].batch_untouched():  # it normalises it in place
                 self._copy_batches = True
                 self.forget()
         self._fingerprint = self._state.fingerprint()
