@@ -50,9 +50,8 @@ class Snapshot:
     @property
     def num_bytes(self) -> int:
         """Memory held by the copies of parameters, buffers, gradients, optimizer states and the caller's tensors."""
-        states = [
-            list(state.values()) for _, state in self.optimizer_states
-        ]  # a key in a path would be printed: a tensor
+        # Without their keys, which are tensors, and would be printed in a path.
+        states = [list(state.values()) for _, state in self.optimizer_states]
         extras = [[copied for _, copied in held.values()] if type(held) is _Contents else held for held in self.extras]
         copies = ([held for _, held in self.tensors], [held for _, _, held in self.gradients], states, extras)
         return sum(held.nbytes for _, held in tensors_of(copies) if held.layout == torch.strided)
@@ -197,7 +196,8 @@ class TrainingState:
         A scheduler that has moved on multiplies what it finds: it and a learning rate of an earlier step would disagree
         for good.  It has written `initial_lr` into each group.
         """
-        named = {id(entry.optimizer) for _, entry in leaves_of([extra.target for extra in self._extras], LRScheduler)}
+        schedulers = leaves_of([extra.target for extra in self._extras], LRScheduler)
+        named = {id(getattr(entry, "optimizer", None)) for _, entry in schedulers}
         for optimizer, groups in moment.hyperparameters:
             for group, held in zip(optimizer.param_groups, groups, strict=False):
                 if "initial_lr" in held and id(optimizer) not in named:

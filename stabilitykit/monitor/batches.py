@@ -17,10 +17,8 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from stabilitykit.containers import holds_live, tensors_of
 from stabilitykit.random_states import RandomStates
 
-_PLAIN_ITERATORS = (
-    "builtins",
-    "itertools",
-)  # generators, zip, chain; of any other class, a file say, too little is known
+# Modules of generators, zip, chain; of an iterator of any other class, a file say, too little is known.
+_PLAIN_ITERATORS = ("builtins", "itertools")
 _NO_DATA = (Tensor, type, nn.Module, Optimizer, FunctionType, MethodType, ModuleType)
 _AS_IT_IS = frozenset((Tensor, int, float, bool, str, bytes, type(None), np.ndarray))
 

@@ -183,7 +183,7 @@ class Inquiry:
         if finding is None:
             return Outcome(None, before, after, same=same, exact=exact)
         known = dict(facts())
-        with suppress(Exception):  # there is a finding already
+        with suppress(Exception):  # a step that is interfered with may raise; there is a finding already
             finding = self._weigh(ran, route[-1], written, finding, intended, unused=unused)
         with suppress(Exception):
             if (earlier := self._look_further_back(ran, route, finding, intended)) is not None:

@@ -133,9 +133,8 @@ class NumberNotFinite(Rule):
         made = evidence.operation
         if made is None or not made.scalar or made.edges or evidence.phase == "optimizer":
             return False
-        return evidence.kind == "inf" or made.scalar.endswith(
-            "nan"
-        )  # 0 * Inf is another matter: see InfinityArithmetic
+        is_nan = made.scalar.endswith("nan")  # 0 * Inf is another matter: see InfinityArithmetic
+        return evidence.kind == "inf" or is_nan
 
     def facts(self, evidence: Evidence) -> str:
         return f"{evidence.op} was given {evidence.operation.scalar}." if evidence.operation else ""
